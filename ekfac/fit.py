@@ -1,0 +1,135 @@
+"""Fitting EK-FAC factors to a torch model: two passes over batches, with a decomposition between them.
+
+Each pass returns partial sums, so that passes over parts of the data merge with `+`. `fit` is the whole of it for a model and data that one
+process can hold; it needs no files.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ekfac.capture import capture
+from ekfac.kronecker import (
+    Covariance,
+    Damping,
+    Eigenbasis,
+    EigenvalueSum,
+    LayerFactors,
+    eigenbasis,
+    eigenvalue_sum,
+    input_covariance,
+    layer_factors,
+    output_covariance,
+)
+from ekfac.language import Loss, SequenceBatch, drawn_label_loss
+from ekfac.layers import Coverage, Layer, attributable_layers
+from ekfac.record import LayerIO
+
+Mask = Callable[[Any], Tensor]
+"""batch → [N, T] bool: the positions that the loss reaches."""
+
+
+class _Sum(Protocol):
+    def __add__(self, other: Any) -> Any: ...
+
+
+S = TypeVar("S", bound=_Sum)
+
+
+def merge(left: Mapping[str, S], right: Mapping[str, S]) -> dict[str, S]:
+    """The sum of two passes' partial sums, name by name."""
+    merged = dict(left)
+    for name, part in right.items():
+        _add(merged, name, part)
+    return merged
+
+
+def reached_positions(batch: SequenceBatch) -> Tensor:
+    """The mask of language-model batches."""
+    return batch.reached
+
+
+def input_name(layer: Layer) -> str:
+    """Under which name the input covariance and eigenbasis of `layer` stand: layers with one input share it."""
+    return f"input:{layer.input_group}"
+
+
+def output_name(layer: Layer) -> str:
+    """Under which name the output-gradient covariance and eigenbasis of `layer` stand."""
+    return f"output:{layer.name}"
+
+
+def covariance_pass(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any], loss: Loss, mask: Mask) -> dict[str, Covariance]:
+    """The covariances of the layers' inputs and output gradients over the batches, by `input_name` and `output_name`."""
+    totals: dict[str, Covariance] = {}
+
+    def consume(layer: Layer, record: LayerIO) -> None:
+        _add(totals, output_name(layer), output_covariance(record))
+        if layer.name == layer.input_group:
+            _add(totals, input_name(layer), input_covariance(record))
+
+    for batch in batches:
+        capture(model, layers, partial(loss, model, batch), mask(batch), consume)
+    return totals
+
+
+def eigenvalue_pass(
+    model: nn.Module, layers: Sequence[Layer], bases: Mapping[str, Tensor], batches: Iterable[Any], loss: Loss, mask: Mask
+) -> dict[str, EigenvalueSum]:
+    """The sums behind the corrected eigenvalues, by layer name; `bases` are the eigenvectors by `input_name` and `output_name`."""
+    totals: dict[str, EigenvalueSum] = {}
+
+    def consume(layer: Layer, record: LayerIO) -> None:
+        _add(totals, layer.name, eigenvalue_sum(record, bases[input_name(layer)], bases[output_name(layer)]))
+
+    for batch in batches:
+        capture(model, layers, partial(loss, model, batch), mask(batch), consume)
+    return totals
+
+
+def _add(totals: dict[str, S], name: str, part: S) -> None:
+    totals[name] = totals[name] + part if name in totals else part
+
+
+def assemble(
+    layers: Sequence[Layer],
+    bases: Mapping[str, Eigenbasis],
+    eigenvalues: Mapping[str, EigenvalueSum],
+    damping: Damping,
+    dtype: str = "float32",
+) -> dict[str, LayerFactors]:
+    """Each layer's factors, by layer name."""
+    return {
+        layer.name: layer_factors(bases[input_name(layer)], bases[output_name(layer)], eigenvalues[layer.name], damping, dtype)
+        for layer in layers
+    }
+
+
+def fit(
+    model: nn.Module,
+    batches: Sequence[Any],
+    *,
+    loss: Loss | None = None,
+    mask: Mask = reached_positions,
+    layers: Sequence[str] = ("*",),
+    damping: Damping | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, LayerFactors], Coverage]:
+    """EK-FAC factors by layer name, and what they cover. The batches are gone through twice.
+
+    `loss(model, batch)` is the loss summed over tokens and sequences, `mask(batch)` [N, T] the positions it reaches; left out, the batches
+    are `SequenceBatch`es and labels are drawn from the model with `seed`. `layers` are glob patterns of module names, `damping` 0.1 of each
+    layer's mean corrected eigenvalue when left out. Factors have the dtype of the model, float32 at least. Raises ValueError for a
+    model without attributable layers and for values that are not finite.
+    """
+    loss = loss or drawn_label_loss(seed)
+    coverage = attributable_layers(model, lambda model: loss(model, batches[0]), layers)
+    covariances = covariance_pass(model, coverage.layers, batches, loss, mask)
+    bases = {name: eigenbasis(covariance) for name, covariance in covariances.items()}
+    dtype = "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
+    vectors = {name: basis.vectors.to(getattr(torch, dtype)) for name, basis in bases.items()}
+    eigenvalues = eigenvalue_pass(model, coverage.layers, vectors, batches, loss, mask)
+    return assemble(coverage.layers, bases, eigenvalues, damping or Damping(value=0.1), dtype), coverage

@@ -1,0 +1,190 @@
+"""EK-FAC for one layer, in arrays: covariances, eigenbases, corrected eigenvalues, preconditioning and whitening.
+
+The Gauss-Newton Hessian of the training loss (mean over sequences of the loss summed over a sequence's tokens), restricted to one
+layer, is approximated as (Q_G ⊗ Q_A) diag(Λ) (Q_G ⊗ Q_A)ᵀ: Q_A and Q_G are the eigenvectors of the covariances of the layer's
+inputs and output gradients (K-FAC, Martens and Grosse 2015), and Λ are the second moments of per-sequence gradients along those
+axes (George et al. 2018, arXiv 1806.03884; for language models Grosse et al. 2023, arXiv 2308.03296, section 2.4).
+
+Knows neither a framework nor a model nor files; see `record` for the normal form and the letters of shapes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import array_api_compat
+
+from ekfac.record import Array, LayerIO, apply_to_inputs, sequence_gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Covariance:
+    """Sum over counted positions of x xᵀ: a partial sum, merged with `+` in any grouping."""
+
+    total: Array  # [D, D] float64
+    num_positions: int
+
+    def __add__(self, other: "Covariance") -> "Covariance":
+        return Covariance(total=self.total + other.total, num_positions=self.num_positions + other.num_positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eigenbasis:
+    """Eigenvectors of a covariance, ascending by eigenvalue; each column's largest entry in absolute value is positive."""
+
+    values: Array  # [D] float64
+    vectors: Array  # [D, D], one eigenvector a column
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigenvalueSum:
+    """Sum over sequences of the squared gradient along each axis of the eigenbasis: a partial sum, merged with `+`."""
+
+    total: Array  # [O, J] float64
+    num_sequences: int
+
+    def __add__(self, other: "EigenvalueSum") -> "EigenvalueSum":
+        return EigenvalueSum(total=self.total + other.total, num_sequences=self.num_sequences + other.num_sequences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damping:
+    """What is added to a layer's corrected eigenvalues before they are inverted.
+
+    `relative`: value × the layer's mean corrected eigenvalue (Grosse et al. use 0.1). `absolute`: the value itself, in the unit of
+    the eigenvalues, squared nats per squared unit of the parameter.
+    """
+
+    value: float
+    kind: Literal["relative", "absolute"] = "relative"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value < float("inf"):
+            raise ValueError(f"damping must be a finite number of at least 0, not {self.value}")
+
+    def of(self, eigenvalues: Array) -> float:
+        """λ for a layer with these corrected eigenvalues."""
+        if self.kind == "absolute":
+            return self.value
+        xp = array_api_compat.array_namespace(eigenvalues)
+        return self.value * float(xp.mean(eigenvalues))
+
+
+def input_covariance(record: LayerIO) -> Covariance:
+    """Σ over counted positions of ā āᵀ with ā = (activation, 1 if there is a bias): [J, J]."""
+    xp = array_api_compat.array_namespace(record.activations)
+    weights = xp.astype(record.mask, record.activations.dtype)
+    inputs = record.activations * weights[:, :, None]
+    if record.bias:
+        inputs = xp.concat([inputs, weights[:, :, None]], axis=2)
+    return _covariance(inputs, record.mask)
+
+
+def output_covariance(record: LayerIO) -> Covariance:
+    """Σ over counted positions of g gᵀ, g the output gradient: [O, O]."""
+    xp = array_api_compat.array_namespace(record.output_gradients)
+    weights = xp.astype(record.mask, record.output_gradients.dtype)
+    return _covariance(record.output_gradients * weights[:, :, None], record.mask)
+
+
+def _covariance(masked: Array, mask: Array) -> Covariance:
+    xp = array_api_compat.array_namespace(masked)
+    flat = xp.reshape(masked, (-1, masked.shape[-1]))
+    return Covariance(total=xp.astype(flat.T @ flat, xp.float64), num_positions=int(xp.count_nonzero(mask)))
+
+
+def eigenbasis(covariance: Covariance) -> Eigenbasis:
+    """Eigenvectors of the mean covariance, computed in float64.
+
+    Raises ValueError if no position was counted or an entry is not finite.
+    """
+    xp = array_api_compat.array_namespace(covariance.total)
+    if covariance.num_positions == 0:
+        raise ValueError("a covariance of no positions has no eigenbasis: no token of the fitting sequences is counted")
+    mean = covariance.total / covariance.num_positions
+    if not bool(xp.all(xp.isfinite(mean))):
+        raise ValueError("the covariance has entries that are not finite: the model gave non-finite activations or gradients")
+    values, vectors = xp.linalg.eigh((mean + mean.T) / 2)
+    largest = xp.argmax(xp.abs(vectors), axis=0)
+    # eigh leaves the sign of a column open; fixing it keeps rows made from equal statistics comparable.
+    signs = xp.sign(vectors[largest, xp.arange(vectors.shape[1], device=array_api_compat.device(vectors))])
+    return Eigenbasis(values=values, vectors=vectors * signs)
+
+
+def rotated_gradients(record: LayerIO, input_vectors: Array, output_vectors: Array) -> Array:
+    """Each sequence's gradient in the eigenbasis, Q_Gᵀ G_n Q_A: [N, O, J].
+
+    Rotates the tokens first when that takes fewer multiplications than rotating the gradients, which is decided by the shape alone.
+    """
+    xp = array_api_compat.array_namespace(record.activations)
+    num_positions, inputs, outputs = record.activations.shape[1], input_vectors.shape[0], output_vectors.shape[0]
+    if num_positions * (inputs**2 + outputs**2) < inputs * outputs * (inputs + outputs):
+        rotated_inputs = apply_to_inputs(record, input_vectors)
+        return xp.matmul(xp.matrix_transpose(record.output_gradients @ output_vectors), rotated_inputs)
+    return output_vectors.T @ sequence_gradients(record) @ input_vectors
+
+
+def eigenvalue_sum(record: LayerIO, input_vectors: Array, output_vectors: Array) -> EigenvalueSum:
+    """Σ over sequences of (Q_Gᵀ G_n Q_A)², from each sequence's exact gradient summed over its tokens."""
+    xp = array_api_compat.array_namespace(record.activations)
+    squares = xp.sum(rotated_gradients(record, input_vectors, output_vectors) ** 2, axis=0)
+    return EigenvalueSum(total=xp.astype(squares, xp.float64), num_sequences=record.activations.shape[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFactors:
+    """What stands for (G + λI)⁻¹ in one layer. Gradients are [..., O, J] arrays."""
+
+    input_vectors: Array  # [J, J]
+    output_vectors: Array  # [O, O]
+    eigenvalues: Array  # [O, J] corrected: mean over sequences of the squared gradient along each axis
+    damping: float  # λ, absolute
+
+    def rotate(self, gradients: Array) -> Array:
+        """Q_Gᵀ V Q_A."""
+        return self.output_vectors.T @ gradients @ self.input_vectors
+
+    def precondition(self, gradients: Array) -> Array:
+        """(G + λI)⁻¹ v = Q_G ((Q_Gᵀ V Q_A) / (Λ + λ)) Q_Aᵀ (Grosse et al. 2023, equation 21).
+
+        An axis with Λ + λ = 0 gets zero: no fitted sequence has a gradient there, so the inverse is not defined on it.
+        """
+        return self.output_vectors @ (self.rotate(gradients) * self.inverse()) @ self.input_vectors.T
+
+    def whiten(self, gradients: Array) -> Array:
+        """(Q_Gᵀ V Q_A) / √(Λ + λ), in the eigenbasis: inner products of whitened gradients equal vᵀ (G + λI)⁻¹ w."""
+        return self.whiten_rotated(self.rotate(gradients))
+
+    def whiten_rotated(self, rotated: Array) -> Array:
+        """`whiten` of a gradient that is already in the eigenbasis."""
+        return rotated * self.inverse() ** 0.5
+
+    def inverse(self) -> Array:
+        """1 / (Λ + λ), [O, J], zero where Λ + λ is zero."""
+        xp = array_api_compat.array_namespace(self.eigenvalues)
+        damped = self.eigenvalues + self.damping
+        positive = damped > 0
+        return xp.where(positive, 1 / xp.where(positive, damped, xp.ones_like(damped)), xp.zeros_like(damped))
+
+    def effective_dimension(self) -> float:
+        """Σ Λ / (Λ + λ): the mean squared norm of a whitened gradient over the fitted sequences."""
+        xp = array_api_compat.array_namespace(self.eigenvalues)
+        return float(xp.sum(self.eigenvalues * self.inverse()))
+
+
+def layer_factors(
+    input_basis: Eigenbasis, output_basis: Eigenbasis, eigenvalues: EigenvalueSum, damping: Damping, dtype: str = "float32"
+) -> LayerFactors:
+    """The layer's factors from what the passes made. Raises ValueError if no sequence was counted or an eigenvalue is not finite."""
+    xp = array_api_compat.array_namespace(eigenvalues.total)
+    if eigenvalues.num_sequences == 0:
+        raise ValueError("corrected eigenvalues need at least one sequence")
+    corrected = eigenvalues.total / eigenvalues.num_sequences
+    if not bool(xp.all(xp.isfinite(corrected))):
+        raise ValueError("a corrected eigenvalue is not finite: the model gave non-finite gradients")
+    target = getattr(xp, dtype)
+    return LayerFactors(
+        input_vectors=xp.astype(input_basis.vectors, target),
+        output_vectors=xp.astype(output_basis.vectors, target),
+        eigenvalues=xp.astype(corrected, target),
+        damping=damping.of(corrected),
+    )

@@ -1,0 +1,142 @@
+"""A sequence's row: its gradient, fully whitened in the eigenbasis and spread by sparse random signs into buckets, layer by layer.
+
+The inner product of two whitened gradients is their damped influence; the inner product of two rows estimates it without bias, with a variance
+of about ‖x‖²‖y‖² / buckets a layer. Every layer has its own range of buckets, in proportion to its effective dimension (the mean squared norm of
+its whitened gradients), which minimises that variance and lets some layers be searched alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ekfac import Layer, LayerFactors, LayerIO, Loss, SequenceBatch, capture, key_of, keyed_bits, rotated_gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBuckets:
+    """Where one layer's whitened gradient [O, J] goes in a row: `width` buckets from `start` on."""
+
+    name: str
+    shape: tuple[int, int]
+    start: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """How rows are made: each layer's buckets, and the seed of the random signs."""
+
+    layers: tuple[LayerBuckets, ...]
+    seed: int
+
+    @property
+    def row_length(self) -> int:
+        return sum(layer.width for layer in self.layers)
+
+
+def feature_spec(layers: Sequence[Layer], effective_dimensions: Mapping[str, float], row_length: int, seed: int) -> FeatureSpec:
+    """Buckets in proportion to effective dimension, at least one a layer and never more than a layer has coordinates.
+
+    Rows are shorter than `row_length` when the layers have fewer coordinates in all. Raises ValueError when there are more layers than buckets.
+    """
+    if row_length < len(layers):
+        raise ValueError(f"rows of {row_length} numbers are too short for {len(layers)} layers: raise index.bytes_per_sequence")
+    sizes = np.array([layer.shape[0] * layer.shape[1] for layer in layers])
+    weights = np.array([max(effective_dimensions[layer.name], 1e-12) for layer in layers])
+    widths = _shares(weights, sizes, min(row_length, int(sizes.sum())))
+    starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
+    buckets = [
+        LayerBuckets(name=layer.name, shape=layer.shape, start=int(start), width=int(width))
+        for layer, start, width in zip(layers, starts, widths, strict=True)
+    ]
+    return FeatureSpec(layers=tuple(buckets), seed=seed)
+
+
+def _shares(weights: NDArray[np.float64], limits: NDArray[np.int64], total: int) -> NDArray[np.int64]:
+    """Whole numbers that sum to `total`, between 1 and the limits and otherwise in proportion to the weights."""
+    low, high = 0.0, float(total / weights.min())
+    for _ in range(200):  # the scale at which the clipped shares reach the total; they only grow with it
+        scale = (low + high) / 2
+        low, high = (low, scale) if np.clip(scale * weights, 1, limits).sum() > total else (scale, high)
+    exact = np.clip(low * weights, 1, limits)
+    widths = np.floor(exact).astype(np.int64)
+    spare = np.where(widths < limits, exact - widths, -1.0)
+    for place in np.argsort(-spare, kind="stable")[: total - int(widths.sum())]:
+        widths[place] += 1
+    return widths
+
+
+class Spreader:
+    """The sparse random signs of one layer: each coordinate goes to one bucket, with a sign; buckets get equally many (to one).
+
+    A layer with as many buckets as coordinates is kept as it is, so that nothing is approximated. The assignment depends on (seed, layer name,
+    coordinate) alone.
+    """
+
+    def __init__(self, buckets: LayerBuckets, seed: int, device: torch.device) -> None:
+        self.width = buckets.width
+        size = buckets.shape[0] * buckets.shape[1]
+        self.exact = buckets.width == size
+        if self.exact:
+            return
+        bits = keyed_bits(seed, np.array([key_of(buckets.name)], dtype=np.uint64), size)[0]
+        order = np.argsort(bits, kind="stable")
+        padding = -size % self.width
+        signs = np.where(bits[order] & np.uint64(1), np.float32(1), np.float32(-1))
+        self.order = torch.from_numpy(np.concatenate([order, np.zeros(padding, dtype=order.dtype)])).to(device)
+        self.signs = torch.from_numpy(np.concatenate([signs, np.zeros(padding, dtype=np.float32)])).to(device)
+
+    def __call__(self, whitened: Tensor) -> Tensor:
+        """[N, width] from whitened gradients [N, O, J]."""
+        flat = whitened.reshape(len(whitened), -1)
+        if self.exact:
+            return flat
+        return (flat[:, self.order] * self.signs.to(flat.dtype)).reshape(len(flat), -1, self.width).sum(1)
+
+
+def spreaders(spec: FeatureSpec, device: torch.device) -> dict[str, Spreader]:
+    """Every layer's `Spreader`, by layer name."""
+    return {buckets.name: Spreader(buckets, spec.seed, device) for buckets in spec.layers}
+
+
+def feature_rows(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    factors: Mapping[str, LayerFactors],
+    spec: FeatureSpec,
+    signs: Mapping[str, Spreader],
+    loss: Loss,
+    batch: SequenceBatch,
+) -> tuple[Tensor, Tensor]:
+    """Rows [N, D] of a batch of training sequences, and each one's self-influence gᵀ(G + λI)⁻¹g, [N], before it is spread.
+
+    One capture pass; one layer's gradients are in memory at a time.
+    """
+    places = {buckets.name: buckets for buckets in spec.layers}
+    rows = torch.empty((len(batch.tokens), spec.row_length), device=batch.tokens.device)
+    self_influence = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
+
+    def consume(layer: Layer, record: LayerIO) -> None:
+        factor, place = factors[layer.name], places[layer.name]
+        whitened = factor.whiten_rotated(rotated_gradients(record, factor.input_vectors, factor.output_vectors))
+        self_influence.add_(whitened.square().sum((1, 2)))
+        rows[:, place.start : place.start + place.width] = signs[layer.name](whitened)
+
+    capture(model, layers, lambda: loss(model, batch), batch.reached, consume)
+    return rows, self_influence
+
+
+def spread_gradients(
+    gradients: Mapping[str, Tensor], factors: Mapping[str, LayerFactors], spec: FeatureSpec, signs: Mapping[str, Spreader]
+) -> NDArray[np.float32]:
+    """Rows [Q, D] of gradients [Q, O, J] that are at hand, in float32; layers that are missing leave zeros, so that only the others are searched."""
+    some = next(iter(gradients.values()))
+    rows = torch.zeros((len(some), spec.row_length), device=some.device)
+    for place in spec.layers:
+        if place.name in gradients:
+            rows[:, place.start : place.start + place.width] = signs[place.name](factors[place.name].whiten(gradients[place.name]))
+    return rows.cpu().numpy()

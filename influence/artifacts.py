@@ -1,0 +1,113 @@
+"""What the stages make, as files: safetensors for covariances, eigenbases, eigenvalues and factors, JSON for layers; and their fingerprints.
+
+Every fingerprint contains those of what came before it, so that nothing made from something else passes for what is wanted.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ekfac import Covariance, Coverage, Eigenbasis, EigenvalueSum, Layer, LayerFactors, input_name, output_name
+from influence.run_directory import FORMAT, digest
+
+
+def stage_fingerprints(description: Mapping[str, Any]) -> dict[str, str]:
+    """The fingerprint that each stage's output must carry, from the content of run.json."""
+    settings, made_from = description["settings"], description["fingerprints"]
+    index = {key: value for key, value in settings["index"].items() if key != "recall_queries"}
+    damping = settings["factors"]["damping"]
+    fitted_with = {key: value for key, value in settings["factors"].items() if key != "damping"}
+    prints = {"sequences": digest([FORMAT, "sequences", settings["data"], made_from["data"], made_from["tokenizer"]])}
+    prints["layers"] = digest([FORMAT, "layers", settings["model"], made_from["model"], settings["factors"]["layers"]])
+    prints["covariances"] = digest(["covariances", prints["sequences"], prints["layers"], fitted_with])
+    prints["eigenbases"] = digest(["eigenbases", prints["covariances"]])
+    prints["eigenvalues"] = digest(["eigenvalues", prints["eigenbases"]])
+    prints["factors"] = digest(["factors", prints["eigenvalues"], damping])
+    prints["rows"] = digest(["rows", prints["factors"], index])
+    prints["scans"] = digest(["scans", prints["rows"], settings["index"]["recall_queries"]])
+    prints["recall"] = digest(["recall", prints["scans"]])
+    return prints
+
+
+def write_layers(directory: Path, coverage: Coverage) -> None:
+    content = {**asdict(coverage), "layers": [asdict(layer) for layer in coverage.layers]}
+    (directory / "layers.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_layers(directory: Path) -> Coverage:
+    content = json.loads((directory / "layers.json").read_text(encoding="utf-8"))
+    return Coverage(**{**content, "layers": tuple(Layer(**layer) for layer in content["layers"])})
+
+
+def write_covariances(directory: Path, covariances: Mapping[str, Covariance]) -> None:
+    counts = {name: str(part.num_positions) for name, part in covariances.items()}
+    _save({name: part.total for name, part in covariances.items()}, directory / "covariances.safetensors", counts)
+
+
+def read_covariance(directory: Path, name: str) -> Covariance | None:
+    """The partial sum of one covariance; None when this part of the data held no sequence to fit on."""
+    with safe_open(directory / "covariances.safetensors", framework="pt") as file:
+        counts = file.metadata() or {}
+        return Covariance(total=file.get_tensor(name), num_positions=int(counts[name])) if name in counts else None
+
+
+def write_eigenbasis(directory: Path, basis: Eigenbasis, dtype: torch.dtype) -> None:
+    _save({"values": basis.values, "vectors": basis.vectors.to(dtype)}, directory / "eigenbasis.safetensors", {})
+
+
+def read_eigenvectors(directory: Path) -> torch.Tensor:
+    with safe_open(directory / "eigenbasis.safetensors", framework="pt") as file:
+        vectors: torch.Tensor = file.get_tensor("vectors")
+    return vectors
+
+
+def write_eigenvalues(directory: Path, sums: Mapping[str, EigenvalueSum]) -> None:
+    counts = {name: str(part.num_sequences) for name, part in sums.items()}
+    _save({name: part.total for name, part in sums.items()}, directory / "eigenvalues.safetensors", counts)
+
+
+def read_eigenvalues(directory: Path) -> dict[str, EigenvalueSum]:
+    with safe_open(directory / "eigenvalues.safetensors", framework="pt") as file:
+        counts = file.metadata() or {}
+        return {name: EigenvalueSum(total=file.get_tensor(name), num_sequences=int(count)) for name, count in counts.items()}
+
+
+def write_factors(directory: Path, factors: Mapping[str, LayerFactors]) -> None:
+    """The corrected eigenvalues and λ of every layer; the eigenvectors stay where they are."""
+    _save({name: factor.eigenvalues for name, factor in factors.items()}, directory / "factors.safetensors", {})
+    summary = {name: {"damping": f.damping, "effective_dimension": f.effective_dimension()} for name, f in factors.items()}
+    (directory / "factors.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def read_factor_summary(directory: Path) -> dict[str, dict[str, float]]:
+    """λ and effective dimension of every layer."""
+    summary: dict[str, dict[str, float]] = json.loads((directory / "factors.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def read_factors(
+    directory: Path, bases: Mapping[str, torch.Tensor], layers: Sequence[Layer], device: torch.device
+) -> dict[str, LayerFactors]:
+    """Every layer's factors on `device`; `bases` are the eigenvectors by `input_name` and `output_name`, already there."""
+    summary = read_factor_summary(directory)
+    with safe_open(directory / "factors.safetensors", framework="pt") as file:
+        return {
+            layer.name: LayerFactors(
+                input_vectors=bases[input_name(layer)],
+                output_vectors=bases[output_name(layer)],
+                eigenvalues=file.get_tensor(layer.name).to(device),
+                damping=summary[layer.name]["damping"],
+            )
+            for layer in layers
+        }
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    # An empty file of tensors is valid, and metadata without entries must be None.
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(sorted(metadata.items())) or None)

@@ -1,0 +1,164 @@
+"""Influence of training sequences on measurements: gradients of queries, exact EK-FAC scores, and their split by layer and by token.
+
+A score is (1/N) ∇ℓ_qᵀ (G + λI)⁻¹ ∇L(z) with ℓ_q = minus the measurement: the change of the measurement, in nats, that one more copy of z in a
+training set of N sequences is predicted to make. Positive: training on z helped. The functions here leave out the division by N.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ekfac import (
+    Layer,
+    LayerFactors,
+    LayerIO,
+    SequenceBatch,
+    capture,
+    inner_products,
+    position_inner_products,
+    sequence_gradients,
+    token_losses,
+    true_label_loss,
+)
+from influence.batches import BatchBudget, in_batches
+from influence.measurement import Measurement
+from influence.sequences import TrainingSequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributedModel:
+    """A model with the layers that are attributed, its device, and what a batch may hold."""
+
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    budget: BatchBudget
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryGradients:
+    """What a capture pass over queries gives."""
+
+    gradients: dict[str, Tensor]  # layer name → [Q, O, J]: of minus the measurement
+    log_probabilities: list[list[NDArray[np.float64]]]  # query → part → [T]: of each counted token, zero at the others
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceScores:
+    """Exact scores of some sequences for one query; row sums of `layers` and sums of `tokens` are the scores."""
+
+    layers: NDArray[np.float64]  # [K, L]
+    tokens: list[NDArray[np.float64]]  # K arrays [T]: the share of each position, at which that token is the input
+
+    @property
+    def totals(self) -> NDArray[np.float64]:
+        return np.asarray(self.layers.sum(1))
+
+
+def query_gradients(attributed: AttributedModel, measurements: Sequence[Measurement]) -> QueryGradients:
+    """The gradients of the measurements in the layers. Costs a capture pass over the queries."""
+    device = attributed.device
+    owners = torch.tensor([query for query, measurement in enumerate(measurements) for _ in measurement.parts], device=device)
+    weights = torch.tensor([weight for measurement in measurements for weight, _ in measurement.parts], device=device)
+    sequences = [sequence for measurement in measurements for _, sequence in measurement.parts]
+    gradients: dict[str, Tensor] = {}
+    log_probabilities: list[NDArray[np.float64]] = [np.empty(0)] * len(sequences)
+    for members, batch in in_batches(sequences, attributed.budget, device):
+        chosen = torch.from_numpy(members).to(device)
+        losses = _add_gradients(attributed, batch, owners[chosen], weights[chosen], len(measurements), gradients)
+        for member, row in zip(members, losses, strict=True):
+            log_probabilities[member] = -row[: len(sequences[member].tokens)]
+    parts = iter(log_probabilities)
+    return QueryGradients(gradients=gradients, log_probabilities=[[next(parts) for _ in m.parts] for m in measurements])
+
+
+def _add_gradients(
+    attributed: AttributedModel, batch: SequenceBatch, owners: Tensor, weights: Tensor, num_queries: int, gradients: dict[str, Tensor]
+) -> NDArray[np.float64]:
+    """Adds each sequence's weighted gradient to its query's; returns the token losses [N, T]."""
+    losses: list[Tensor] = []
+
+    def loss() -> Tensor:
+        losses.append(token_losses(attributed.model, batch))
+        return losses[0].sum()
+
+    def consume(layer: Layer, record: LayerIO) -> None:
+        found = sequence_gradients(record)
+        if layer.name not in gradients:
+            gradients[layer.name] = found.new_zeros((num_queries, *layer.shape))
+        gradients[layer.name].index_add_(0, owners, found * weights.to(found.dtype)[:, None, None])
+
+    capture(attributed.model, attributed.layers, loss, batch.reached, consume)
+    return np.asarray(losses[0].detach().double().cpu().numpy())
+
+
+def precondition(gradients: Mapping[str, Tensor], factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
+    """(G + λI)⁻¹ of each query's gradient, layer by layer."""
+    return {name: factors[name].precondition(gradient) for name, gradient in gradients.items()}
+
+
+def score_sequences(
+    attributed: AttributedModel, preconditioned: Mapping[str, Tensor], sequences: Sequence[TrainingSequence]
+) -> SequenceScores:
+    """Exact EK-FAC scores of `sequences` for one query's preconditioned gradient [O, J] per layer, by recomputing their gradients."""
+    by_layer = np.zeros((len(sequences), len(attributed.layers)))
+    by_token: list[NDArray[np.float64]] = [np.empty(0)] * len(sequences)
+    for members, batch in in_batches(sequences, attributed.budget, attributed.device):
+        columns, tokens = _score_batch(attributed, preconditioned, batch)
+        by_layer[members] = columns
+        for member, row in zip(members, tokens, strict=True):
+            by_token[member] = row[: len(sequences[member].tokens)]
+    return SequenceScores(layers=by_layer, tokens=by_token)
+
+
+def _score_batch(
+    attributed: AttributedModel, preconditioned: Mapping[str, Tensor], batch: SequenceBatch
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    columns: dict[str, Tensor] = {}
+    tokens = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=attributed.device)
+
+    def consume(layer: Layer, record: LayerIO) -> None:
+        shares = position_inner_products(record, preconditioned[layer.name]).double()
+        tokens.add_(shares)
+        columns[layer.name] = shares.sum(1)
+
+    capture(attributed.model, attributed.layers, partial(true_label_loss, attributed.model, batch), batch.reached, consume)
+    return torch.stack([columns[layer.name] for layer in attributed.layers], 1).cpu().numpy(), tokens.cpu().numpy()
+
+
+def scan(attributed: AttributedModel, vectors: Mapping[str, Tensor], sequences: Sequence[TrainingSequence]) -> NDArray[np.float64]:
+    """⟨vector q, gradient of sequence n⟩ summed over layers, [Q, N], for vectors [Q, O, J] per layer: exact, without the index.
+
+    With preconditioned queries these are the EK-FAC scores; with plain gradients, the dot products of the gradients.
+    """
+    scores = np.zeros((len(next(iter(vectors.values()))), len(sequences)))
+    for members, batch in in_batches(sequences, attributed.budget, attributed.device):
+        products = _sum_over_layers(attributed, batch, lambda layer, record: inner_products(record, vectors[layer.name]))
+        scores[:, members] = products.cpu().numpy()
+    return scores
+
+
+def gradient_norms(attributed: AttributedModel, sequences: Sequence[TrainingSequence]) -> NDArray[np.float64]:
+    """The Euclidean norm of each sequence's gradient over the layers, [N]."""
+    squares = np.zeros(len(sequences))
+    for members, batch in in_batches(sequences, attributed.budget, attributed.device):
+        found = _sum_over_layers(attributed, batch, lambda _, record: sequence_gradients(record).square().sum((1, 2)))
+        squares[members] = found.cpu().numpy()
+    return np.asarray(np.sqrt(squares))
+
+
+def _sum_over_layers(attributed: AttributedModel, batch: SequenceBatch, of: Callable[[Layer, LayerIO], Tensor]) -> Tensor:
+    """Σ over layers of `of(layer, record)` for the true labels of a batch, in float64."""
+    parts: list[Tensor] = []
+
+    def consume(layer: Layer, record: LayerIO) -> None:
+        part = of(layer, record).double()
+        parts[:] = [part + parts[0]] if parts else [part]
+
+    capture(attributed.model, attributed.layers, partial(true_label_loss, attributed.model, batch), batch.reached, consume)
+    return parts[0]

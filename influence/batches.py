@@ -1,0 +1,80 @@
+"""Batches of sequences of similar length that fit a memory budget.
+
+What a batch costs is estimated from the shapes of model and layers alone, so that the same budget always gives the same batches.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ekfac import Layer, SequenceBatch, key_of
+from influence.errors import RequestError
+from influence.sequences import TrainingSequence
+
+MAX_TOKENS = {"cpu": 4096, "cuda": 65_536}
+"""Larger batches gain nothing on such a device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchBudget:
+    """How much a batch may hold: its tokens, and the memory of its activations, logits and per-sequence gradients."""
+
+    max_tokens: int
+    memory_bytes: int
+    bytes_per_token: int
+    bytes_per_sequence: int
+
+    def fits(self, num_sequences: int, num_positions: int) -> bool:
+        tokens = num_sequences * num_positions
+        return tokens <= self.max_tokens and tokens * self.bytes_per_token + num_sequences * self.bytes_per_sequence <= self.memory_bytes
+
+
+def batch_budget(model: nn.Module, layers: Sequence[Layer], memory_budget: int, resident_bytes: int, sequence_length: int) -> BatchBudget:
+    """The budget for batches beside the model and `resident_bytes` of factors and the like.
+
+    Raises RequestError when not even one sequence fits, with the budget that would do.
+    """
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    width = sum(layer.inputs + 3 * layer.outputs for layer in layers)
+    budget = BatchBudget(
+        max_tokens=MAX_TOKENS[next(model.parameters()).device.type],
+        memory_bytes=memory_budget - parameters - resident_bytes,
+        bytes_per_token=4 * (2 * width + 4 * int(getattr(model.config, "vocab_size", 0))),
+        bytes_per_sequence=4 * 3 * max(layer.shape[0] * layer.shape[1] for layer in layers),
+    )
+    one = sequence_length * budget.bytes_per_token + budget.bytes_per_sequence
+    if one > budget.memory_bytes:
+        needed = (parameters + resident_bytes + one) / 2**30
+        raise RequestError(f"resources.memory_budget is too small: the model, its factors and one sequence need {needed:.2f} GiB")
+    return budget
+
+
+def in_batches(
+    sequences: Sequence[TrainingSequence], budget: BatchBudget, device: torch.device
+) -> Iterator[tuple[NDArray[np.int64], SequenceBatch]]:
+    """(places in `sequences`, batch) over all of them, the longest first."""
+    order = sorted(range(len(sequences)), key=lambda place: (-len(sequences[place].tokens), place))
+    group: list[int] = []
+    for place in order:
+        if group and not budget.fits(len(group) + 1, len(sequences[group[0]].tokens)):
+            yield np.array(group), collate([sequences[member] for member in group], device)
+            group = []
+        group.append(place)
+    if group:
+        yield np.array(group), collate([sequences[member] for member in group], device)
+
+
+def collate(sequences: Sequence[TrainingSequence], device: torch.device) -> SequenceBatch:
+    """One batch, padded on the right with token 0."""
+    length = max(len(sequence.tokens) for sequence in sequences)
+    tokens = np.zeros((len(sequences), length), dtype=np.int64)
+    counted = np.zeros((len(sequences), length), dtype=np.bool_)
+    for place, sequence in enumerate(sequences):
+        tokens[place, : len(sequence.tokens)] = sequence.tokens
+        counted[place, : len(sequence.tokens)] = sequence.counted
+    keys = np.array([key_of(sequence.id) for sequence in sequences], dtype=np.uint64)
+    return SequenceBatch(tokens=torch.from_numpy(tokens), counted=torch.from_numpy(counted), keys=keys).to(device)

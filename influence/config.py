@@ -1,0 +1,232 @@
+"""The configuration of a run: what YAML and command-line flags may say, checked strictly.
+
+Keys and their defaults are described once, here; the command line and the documentation read them from these models.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ekfac import Damping
+from influence.errors import RequestError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(value: object) -> object:
+    """Bytes from a number or from text such as "16GiB"; anything else is left for pydantic to refuse."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)):
+        unit = (match[2] or "B").upper()
+        if unit in _UNITS:
+            return int(float(match[1]) * _UNITS[unit])
+    return value
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Names = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The model whose behaviour is explained."""
+
+    name: str = Field(description="local directory or hub id of a causal language model")
+    revision: str | None = Field(None, description="hub revision: a branch, tag or commit")
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field(
+        "float32", description="what weights and activations are computed in"
+    )
+
+
+class DataConfig(Section):
+    """The training data of that model."""
+
+    files: Annotated[Names, Field(min_length=1)] = Field(
+        description="jsonl, csv, parquet, arrow or text files, globs of them, or one hub data set"
+    )
+    split: str = Field("train", description="split of a hub data set")
+    sample_by: Literal["line", "paragraph", "document"] = Field("line", description="what one document is in text files")
+    text: str = Field("text", description="column of the text; every token is counted")
+    prompt: str | None = Field(None, description="column of a prompt that is read but not counted; needs `completion`")
+    completion: str | None = Field(None, description="column of the completion, whose tokens are counted; needs `prompt`")
+    input_ids: str | None = Field(None, description="column of token ids, instead of text")
+    id: str = Field("id", description="column of document ids; the row number where there is none")
+    metadata: Names = Field(default_factory=list, description="columns that are kept and shown with each result")
+    sequence_length: int = Field(512, ge=2, description="longest sequence in tokens")
+    documents: Literal["split", "truncate", "pack"] = Field(
+        "split",
+        description="a document longer than sequence_length gives several sequences (split) or its beginning (truncate); "
+        "pack joins documents by the end-of-text token and cuts them to equal length",
+    )
+    sequences_per_shard: int = Field(512, ge=1, description="how many sequences one unit of work takes; results do not depend on it")
+
+    @model_validator(mode="after")
+    def one_kind_of_column(self) -> "DataConfig":
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion come together: name both columns or neither")
+        if self.prompt is not None and self.input_ids is not None:
+            raise ValueError("name prompt and completion columns, or an input_ids column, not both")
+        return self
+
+
+class AbsoluteDamping(Section):
+    """Damping in the unit of the eigenvalues."""
+
+    absolute: float = Field(ge=0, allow_inf_nan=False)
+
+
+def _parse_damping(value: object) -> object:
+    """On the command line, absolute damping is written absolute:1e-4."""
+    if isinstance(value, str) and value.startswith("absolute:"):
+        return {"absolute": value.removeprefix("absolute:")}
+    return value
+
+
+class FactorsConfig(Section):
+    """The EK-FAC factors."""
+
+    layers: Names = Field(default_factory=lambda: ["all"], description="all, or globs of module names")
+    sequences: int | None = Field(
+        None, ge=1, description="how many sequences, chosen by hash of their ids, the factors are fitted on; all when left out"
+    )
+    damping: Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | AbsoluteDamping, BeforeValidator(_parse_damping)] = Field(
+        0.1, description="relative to each layer's mean corrected eigenvalue; or {absolute: value}, as an option absolute:value"
+    )
+    seed: int = Field(0, ge=0, description="seed of the labels drawn from the model")
+
+    @property
+    def patterns(self) -> list[str]:
+        return ["*"] if self.layers == ["all"] else self.layers
+
+    def as_damping(self) -> Damping:
+        if isinstance(self.damping, AbsoluteDamping):
+            return Damping(value=self.damping.absolute, kind="absolute")
+        return Damping(value=self.damping)
+
+
+class IndexConfig(Section):
+    """The index of rows."""
+
+    bytes_per_sequence: Bytes = Field(8192, description="what a sequence's row may cost on disk and in memory")
+    encoding: Literal["float16"] = Field("float16", description="how a number of a row is stored")
+    seed: int = Field(0, ge=0, description="seed of the random signs that spread whitened gradients into buckets")
+    recall_queries: int = Field(
+        16, ge=0, description="how many training sequences are asked as queries to measure recall against an exact scan; 0: none"
+    )
+
+    @property
+    def row_length(self) -> int:
+        return self.bytes_per_sequence // 2
+
+
+class RunConfig(Section):
+    """Where results go."""
+
+    dir: str = Field(description="run directory; made if missing, resumed if present")
+
+
+class ResourcesConfig(Section):
+    """What the work may use. None of this changes results."""
+
+    memory_budget: Bytes = Field(4 * 2**30, description="memory per worker for model, factors and batches; batches are chosen to fit")
+    workers: int = Field(0, ge=0, description="Ray workers; 0 runs everything in this process")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs each Ray worker asks for")
+    address: str | None = Field(None, description="address of a Ray cluster; left out, a local one is started when workers are wanted")
+
+
+class Config(Section):
+    """Everything `influence run` needs to know."""
+
+    model: ModelConfig
+    data: DataConfig
+    factors: FactorsConfig = FactorsConfig()
+    index: IndexConfig = IndexConfig()
+    run: RunConfig
+    resources: ResourcesConfig = ResourcesConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on besides the contents of model and data: every setting but places and resources."""
+        settings = self.model_dump(mode="json", include={"model", "data", "factors", "index"})
+        del settings["model"]["name"], settings["model"]["revision"], settings["data"]["files"]
+        return settings
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
+    """The configuration in the YAML file at `path`, if any, with `overrides` ({"section.key": value}) laid over it.
+
+    Raises RequestError for a missing or malformed file, an unknown key (with the nearest known one) and a value that is not allowed.
+    """
+    raw = _read_yaml(path) if path else {}
+    for key, value in overrides.items():
+        section, name = key.split(".", 1)
+        raw[section] = {**(raw.get(section) or {}), name: value}
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise RequestError(f"{path or 'the given options'}: " + "; ".join(_explain(item) for item in error.errors())) from None
+    return _with_resolved_paths(config)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"no configuration file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise RequestError(f"{path} is empty or not a mapping of sections: expected model:, data:, run: and so on")
+    return {str(key): value for key, value in raw.items()}
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    place = [str(part) for part in item["loc"]]
+    key = ".".join(part for part in place if part not in ("AbsoluteDamping", "float"))
+    if item["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(place[-1], _known_keys(place[:-1]), n=1, cutoff=0.5)
+        return f"unknown key {key!r}" + (f"; did you mean {'.'.join([*place[:-1], nearest[0]])!r}?" if nearest else "")
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key or 'configuration'}: {item['msg'].removeprefix('Value error, ')}" + (
+        f" (got {item['input']!r})" if not isinstance(item["input"], dict) else ""
+    )
+
+
+def _known_keys(place: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in place:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _with_resolved_paths(config: Config) -> Config:
+    """Local paths made absolute, so that a worker in another directory reads the same files."""
+    model = config.model
+    if Path(model.name).is_dir():
+        model = model.model_copy(update={"name": str(Path(model.name).resolve())})
+    files = [_absolute(name) for name in config.data.files]
+    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    return config.model_copy(update={"model": model, "data": config.data.model_copy(update={"files": files}), "run": run})
+
+
+def _absolute(name: str) -> str:
+    path = Path(name)
+    if path.exists() or any(mark in name for mark in "*?[") or path.suffix:
+        return str(path if path.is_absolute() else Path.cwd() / path)
+    return name

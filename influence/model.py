@@ -1,0 +1,77 @@
+"""Loading a causal language model and its tokenizer, and the fingerprints by which they are known again."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from influence.config import ModelConfig
+from influence.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A model in evaluation mode on its device, with its tokenizer."""
+
+    model: nn.Module
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_model(config: ModelConfig) -> LanguageModel:
+    """The model on the GPU when there is one. Raises RequestError when it cannot be found, is not causal or has weights that are not finite."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.name, revision=config.revision, dtype=getattr(torch, config.dtype))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RequestError(f"no causal language model can be loaded from {config.name!r}: {_first_line(error)}") from None
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise RequestError(f"the model's weights are not finite: {name} holds NaN or infinity")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return LanguageModel(model=model.eval().to(device), tokenizer=load_tokenizer(config))
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's fast tokenizer, which tells where in the text each token stands."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RequestError(f"no tokenizer can be loaded from {config.name!r}: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise RequestError(f"the tokenizer of {config.name!r} has no fast version, which is needed to tell where its tokens stand")
+    return tokenizer
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """sha256 over names, types, shapes and values of the weights; tied weights and the device make no difference."""
+    total = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        total.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
+        total.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return "sha256:" + total.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 over the tokenizer's rules, vocabulary and special tokens."""
+    content = [tokenizer.backend_tokenizer.to_str(), sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())]
+    return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def longest_sequence(model: nn.Module) -> int | None:
+    """How many positions the model knows, when its configuration says so."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,82 @@
+"""The page itself: the template, the style and the script of this package, and one report's content, in one string of HTML.
+
+What comes out asks nothing of any network: style and script are inside, and the page's own security policy allows nothing else,
+not even a script that was smuggled in with a training text.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from jinja2 import BaseLoader, Environment, StrictUndefined
+from markupsafe import Markup
+
+from influence.report.content import content
+
+LIMIT_BYTES = 2_000_000
+
+
+def render_report(report: Mapping[str, Any]) -> str:
+    """The report as one complete HTML document, at most 2,000,000 bytes of UTF-8; equal reports give equal pages.
+
+    `report` is plain JSON: `title`, `run`, `created` and `queries`, each the object that `influence query --json` prints with its `id`, and
+    optionally `opponents`, `distribution`, and `unit` (of the scores; nats where it is left out).
+
+    Raises ValueError where a query lacks something the page cannot do without, a number is not finite, or the page is too large.
+    """
+    queries, data = content(report)
+    style, script = _resource("page.css"), _resource("page.js")
+    environment = Environment(
+        loader=BaseLoader(), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["text"] = _text
+    page = environment.from_string(re.sub(r"(?m)^ +", "", _resource("page.html"))).render(
+        title=str(report.get("title") or "Influence report"),
+        run=report.get("run"),
+        created=report.get("created"),
+        queries=queries,
+        style=Markup(style),
+        script=Markup(script),
+        policy=_policy(style, script),
+        data=Markup(embeddable(data)),
+    )
+    size = len(page.encode())
+    if size > LIMIT_BYTES:
+        raise ValueError(
+            f"the report would be {size:,} bytes, more than the {LIMIT_BYTES:,} that a page may have: "
+            "report fewer queries at once, or fewer or shorter sequences for each (-k)"
+        )
+    return page
+
+
+def embeddable(data: Any) -> str:
+    """JSON that can stand inside a `<script>` element of any HTML document: nothing in it can end or open an element."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _text(text: str) -> Markup:
+    """The text for the inside of an element; quotes, which only an attribute has to fear, stay one byte."""
+    return Markup(html.escape(text, quote=False))
+
+
+def _policy(style: str, script: str) -> str:
+    """A Content-Security-Policy under which only this style and this script run and nothing is fetched."""
+    return (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(inline: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+
+
+def _resource(name: str) -> str:
+    return resources.files("influence.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,83 @@
+"""The answer to a query: ranked training sequences with their scores by layer and token, what was covered, and where it all comes from."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from influence.report import render_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedSequence:
+    """A training sequence and its influence on the measurement, in nats; the sums over `layers` and over `tokens` equal `score`."""
+
+    rank: int
+    id: str
+    score: float
+    text: str
+    metadata: dict[str, Any]
+    layers: dict[str, float]
+    tokens: list[tuple[str, float]]
+    bm25_rank: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "id": self.id,
+            "score": self.score,
+            "text": self.text,
+            "metadata": self.metadata,
+            "layers": self.layers,
+            "tokens": [list(token) for token in self.tokens],
+            "bm25_rank": self.bm25_rank,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfluenceResult:
+    """Never a bare number: the query, the ranking, its coverage and its provenance.
+
+    `sequences` are the most helpful training sequences, best first, or the most harmful ones when the query asked for opponents.
+    """
+
+    id: str
+    query: dict[str, Any]  # prompt, completion, log_probability, tokens, token_log_probabilities
+    sequences: tuple[RankedSequence, ...]
+    coverage: dict[str, Any]  # parameters_attributed, excluded
+    provenance: dict[str, Any]
+    distribution: dict[str, Any]  # of the index's estimates over the whole training set: histogram, tail
+
+    def layers(self) -> dict[str, float]:
+        """Influence by layer, summed over the ranked sequences."""
+        names = self.sequences[0].layers if self.sequences else {}
+        return {name: sum(sequence.layers[name] for sequence in self.sequences) for name in names}
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `influence query --json` prints and HTTP returns."""
+        return {
+            "id": self.id,
+            "query": self.query,
+            "results": [sequence.to_json() for sequence in self.sequences],
+            "coverage": self.coverage,
+            "provenance": self.provenance,
+            "distribution": self.distribution,
+        }
+
+    def to_pandas(self) -> Any:
+        """One row a ranked sequence: rank, id, score, text and metadata."""
+        import pandas as pd
+
+        rows = [{"rank": s.rank, "id": s.id, "score": s.score, "text": s.text, **s.metadata} for s in self.sequences]
+        return pd.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return str(self.to_pandas().to_html(index=False, escape=True))
+
+
+def report_page(answers: Sequence[dict[str, Any]], *, run: str, created: str, title: str = "Influence report") -> str:
+    """One self-contained HTML page of answers in the form of `InfluenceResult.to_json`, each with `opponents` beside its `results` if it has any."""
+    return render_report(
+        {"title": title, "run": run, "created": created, "queries": [json.loads(json.dumps(answer)) for answer in answers]}
+    )

@@ -1,0 +1,252 @@
+"""The run directory: the only thing that knows paths.
+
+    run.json                            what the run is made of: configuration and fingerprints
+    sequences/all/                      part-00000.parquet …, summary.json
+    layers/all/                         the attributed layers, and what is not covered
+    covariances/part-00000/             partial sums, safetensors
+    eigenbases/<name>/                  one covariance's eigenvectors
+    eigenvalues/part-00000/             partial sums
+    factors/all/                        corrected eigenvalues and damping
+    rows/part-00000/                    rows.npy (float16), self_influence.npy
+    scans/part-00000/                   exact scores of sample queries
+    recall/all/                         the recall measured with them
+    answers/<id>.json                   results of queries
+    progress.json                       what `influence status` shows of work under way
+
+The output of a unit of work is a directory that appears whole, by one rename, with a `record.json` of its fingerprint and the size and
+checksum of its files. "Not done", "done for something else" and "done" are three answers; only the last is ever read, and nothing is overwritten.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from influence.errors import RequestError
+
+FORMAT = 1
+"""Version of the layout and of every file format in a run directory. Other versions are refused."""
+
+STAGES = ("sequences", "layers", "covariances", "eigenbases", "eigenvalues", "factors", "rows", "scans", "recall")
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, independent of the order of its keys."""
+    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class RunDirectory:
+    """Paths, records and locks of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    # what the run is made of
+
+    @property
+    def description_path(self) -> Path:
+        return self.path / "run.json"
+
+    def describe(self) -> dict[str, Any]:
+        """The content of run.json. Raises RequestError when this is no run directory, or one of another version."""
+        try:
+            description = json.loads(self.description_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RequestError(f"{self.path} is not a run directory: it has no run.json (`influence run` makes one)") from None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise RequestError(f"{self.description_path} is damaged: it is not JSON") from None
+        except OSError as error:
+            raise RequestError(f"{self.description_path} cannot be read: {error.strerror}") from None
+        if not isinstance(description, dict) or description.get("format") != FORMAT:
+            version = description.get("format") if isinstance(description, dict) else None
+            raise RequestError(f"{self.path} has run-directory format {version}, this version reads format {FORMAT}: use another directory")
+        return description
+
+    def create(self, description: Mapping[str, Any]) -> None:
+        """Writes run.json, or checks that the one that is there has the same settings and fingerprints.
+
+        Places ("sources") may differ: a model or data set that moved is still the same. Raises RequestError naming the first thing that differs.
+        """
+        description = {"format": FORMAT, **description}
+        if not self.description_path.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            foreign = [name for name in STAGES if (self.path / name).exists()]
+            if foreign:
+                raise RequestError(f"{self.path} has {foreign[0]}/ but no run.json: it is not a whole run directory; use another one")
+            write_json(self.description_path, description)
+            return
+        found = self.describe()
+        fixed = ("format", "settings", "fingerprints")
+        differences = _differences({key: found.get(key) for key in fixed}, {key: description.get(key) for key in fixed})
+        for key, (before, now) in sorted(differences.items()):
+            raise RequestError(
+                f"{self.path} was made with {key} = {_short(before)}, and this run has {_short(now)}: "
+                "take a new run directory, or restore what the run was made from"
+            )
+
+    # units of work
+
+    def unit_path(self, stage: str, unit: str) -> Path:
+        return self.path / stage / _file_name(unit)
+
+    def is_done(self, stage: str, unit: str, fingerprint: str) -> bool:
+        """Whether the unit's output is there and whole. Raises RequestError when it was made from something else or is damaged."""
+        path = self.unit_path(stage, unit)
+        if not path.exists():
+            return False
+        try:
+            record = json.loads((path / "record.json").read_text(encoding="utf-8"))
+            files, made_from = dict(record["files"]), record["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RequestError(
+                f"{path} is damaged: its record.json is missing or unreadable; delete {path} to have it made again"
+            ) from None
+        if made_from != fingerprint:
+            raise RequestError(
+                f"{path} was made from something else (its fingerprint is {made_from}, expected {fingerprint}); use a new run directory"
+            )
+        for name, facts in files.items():
+            size = (path / name).stat().st_size if (path / name).exists() else None
+            if size != facts["bytes"]:
+                raise RequestError(
+                    f"{path / name} is damaged: {size} bytes, expected {facts['bytes']}; delete {path} to have it made again"
+                )
+        return True
+
+    def verify(self, stage: str, unit: str) -> None:
+        """Raises RequestError when a file of the unit does not have its checksum."""
+        path = self.unit_path(stage, unit)
+        for name, facts in json.loads((path / "record.json").read_text(encoding="utf-8"))["files"].items():
+            if file_digest(path / name) != facts["sha256"]:
+                raise RequestError(f"{path / name} is damaged: its checksum differs from its record; delete {path} to have it made again")
+
+    def write_unit(self, stage: str, unit: str, fingerprint: str, write: Callable[[Path], None]) -> None:
+        """Has `write` fill an empty directory, which then becomes the unit's output in one step. Nothing stays behind on failure.
+
+        When the unit was finished by somebody else meanwhile, theirs is kept: equal work gives equal output.
+        """
+        final = self.unit_path(stage, unit)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=final.parent))
+        try:
+            write(scratch)
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(scratch.iterdir())}
+            write_json(scratch / "record.json", {"fingerprint": fingerprint, "files": files})
+            for path in scratch.iterdir():
+                _sync(path)
+            scratch.chmod(0o755)
+            try:
+                scratch.rename(final)
+            except OSError:
+                if not self.is_done(stage, unit, fingerprint):
+                    raise
+            _sync(final.parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Holds the right to work on this run, and first clears what a killed process left half-written.
+
+        Raises RequestError when another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                raise RequestError(
+                    f"another process is working on {self.path} ({lock.read().strip() or 'unknown'}); wait for it or stop it"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            for stage in STAGES:
+                for left in (self.path / stage).glob(".partial-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            yield
+
+    # small records
+
+    def write_progress(self, progress: Mapping[str, Any]) -> None:
+        write_json(self.path / "progress.json", progress)
+
+    def read_progress(self) -> dict[str, Any] | None:
+        try:
+            progress = json.loads((self.path / "progress.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return progress if isinstance(progress, dict) else None
+
+    def keep_answer(self, name: str, answer: Mapping[str, Any]) -> Path:
+        path = self.path / "answers" / f"{_file_name(name)}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, answer)
+        return path
+
+    def answers(self) -> list[dict[str, Any]]:
+        """The kept answers, oldest first."""
+        paths = sorted((self.path / "answers").glob("[!.]*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that readers see the old content or the new, never a part."""
+    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, ensure_ascii=False, indent=1, sort_keys=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(scratch).chmod(0o644)
+        Path(scratch).rename(path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_name(unit: str) -> str:
+    """A unit's name as a file name: only letters, digits and `._-` stay as they are, so that no name leaves its directory."""
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in unit)
+    if safe == unit and not unit.startswith(".") and len(unit) <= 150:
+        return unit
+    return f"{safe.lstrip('.')[:100]}-{hashlib.sha256(unit.encode()).hexdigest()[:12]}"
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in before | now:
+            found |= _differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return {} if before == now else {prefix: (before, now)}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"

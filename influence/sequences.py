@@ -1,0 +1,239 @@
+"""Training sequences: documents tokenized and cut to length, kept in Parquet shards with stable ids.
+
+Knows tokens, not models.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from influence.config import DataConfig
+from influence.documents import Document
+from influence.errors import RequestError
+
+T = TypeVar("T")
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("document", pa.string()),
+        ("tokens", pa.list_(pa.int32())),
+        ("counted", pa.list_(pa.bool_())),
+        ("text", pa.string()),
+        ("metadata", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSequence:
+    """What the model was trained on in one piece."""
+
+    id: str
+    document: str
+    tokens: NDArray[np.int32]  # [T]
+    counted: NDArray[np.bool_]  # [T]: whether the token's log-probability is part of the training loss; never the first
+    text: str
+    metadata: dict[str, Any]
+
+
+def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+    """Token ids of prompt + completion, tokenized as one text, and which of them reach into the completion (special tokens do not)."""
+    encoded = tokenizer(prompt + completion, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    pairs = zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+    return encoded["input_ids"], [end > len(prompt) and not special for (_, end), special in pairs]
+
+
+def tokenize(documents: Iterable[Document], tokenizer: Any, config: DataConfig) -> Iterator[TrainingSequence]:
+    """Sequences of at most `config.sequence_length` tokens, in the order of the documents.
+
+    Their ids are the documents' ids, followed by `:chunk` where a document gives several; packed sequences are called `packed-<number>`.
+    """
+    encoded = (item for group in _groups(documents, 256) for item in _encode(group, tokenizer, config))
+    if config.documents == "pack":
+        yield from _packed(encoded, tokenizer, config.sequence_length)
+        return
+    for document, ids, counted, offsets in encoded:
+        length = config.sequence_length
+        starts = range(0, len(ids), length) if config.documents == "split" else range(min(1, len(ids)))
+        for chunk, start in enumerate(starts):
+            piece = slice(start, start + length)
+            yield TrainingSequence(
+                id=f"{document.id}:{chunk}" if len(starts) > 1 else document.id,
+                document=document.id,
+                tokens=np.array(ids[piece], dtype=np.int32),
+                counted=_never_first(counted[piece]),
+                text=_text_of(document, offsets[piece] if offsets else None, ids[piece], tokenizer),
+                metadata=document.metadata,
+            )
+
+
+def _groups(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """Consecutive tuples of `size` items, the last one shorter (itertools.batched, which Python 3.11 lacks)."""
+    stream = iter(items)
+    while group := tuple(islice(stream, size)):
+        yield group
+
+
+Encoded = tuple[Document, list[int], list[bool], list[tuple[int, int]] | None]
+
+
+def _encode(documents: Sequence[Document], tokenizer: Any, config: DataConfig) -> Iterator[Encoded]:
+    if config.input_ids is not None:
+        for document in documents:
+            ids = document.input_ids or []
+            if ids and max(ids) >= len(tokenizer):
+                raise RequestError(f"document {document.id!r} has token id {max(ids)}, but the tokenizer knows {len(tokenizer)} tokens")
+            yield document, ids, [True] * len(ids), None
+    elif config.prompt is not None:
+        for document in documents:
+            ids, counted = encode_pair(tokenizer, document.prompt or "", document.completion or "")
+            yield document, ids, counted, None
+    else:
+        texts = [document.text or "" for document in documents]
+        encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+        for document, ids, offsets in zip(documents, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            yield document, ids, [True] * len(ids), offsets
+
+
+def _text_of(document: Document, offsets: list[tuple[int, int]] | None, ids: list[int], tokenizer: Any) -> str:
+    if offsets is None or document.text is None:
+        return str(tokenizer.decode(ids))
+    spans = [(start, end) for start, end in offsets if end > start]  # special tokens have empty ones
+    return document.text[spans[0][0] : spans[-1][1]] if spans else ""
+
+
+def _never_first(counted: list[bool]) -> NDArray[np.bool_]:
+    result = np.array(counted, dtype=np.bool_)
+    result[:1] = False
+    return result
+
+
+def _packed(encoded: Iterable[Encoded], tokenizer: Any, length: int) -> Iterator[TrainingSequence]:
+    if tokenizer.eos_token_id is None:
+        raise RequestError("documents: pack joins documents by the end-of-text token, and this tokenizer has none; take split or truncate")
+    stream = (
+        (token, count, document.id)
+        for document, ids, counted, _ in encoded
+        for token, count in [*zip(ids, counted, strict=True), (tokenizer.eos_token_id, True)]
+    )
+    for number in range(2**62):
+        piece = list(islice(stream, length))
+        if not piece:
+            return
+        tokens = [token for token, _, _ in piece]
+        sources = list(dict.fromkeys(source for _, _, source in piece))
+        yield TrainingSequence(
+            id=f"packed-{number}",
+            document=sources[0],
+            tokens=np.array(tokens, dtype=np.int32),
+            counted=_never_first([count for _, count, _ in piece]),
+            text=str(tokenizer.decode(tokens)),
+            metadata={"documents": sources},
+        )
+
+
+def write_sequences(directory: Path, sequences: Iterable[TrainingSequence], per_shard: int) -> None:
+    """Fills `directory` with shards and their summary.json.
+
+    Sequences without counted tokens teach the model nothing: they are left out, and named in the summary. Raises RequestError when an id comes twice
+    or nothing is left.
+    """
+    seen: set[str] = set()
+    without: list[str] = []
+    sizes: list[int] = []
+    tokens = counted = 0
+
+    def kept() -> Iterator[TrainingSequence]:
+        for sequence in sequences:
+            if sequence.id in seen:
+                raise RequestError(f"the id {sequence.id!r} comes twice in the data: ids must differ (data.id names their column)")
+            seen.add(sequence.id)
+            if sequence.counted.any():
+                yield sequence
+            else:
+                without.append(sequence.id)
+
+    for shard, group in enumerate(_groups(kept(), per_shard)):
+        rows = [
+            {
+                "id": s.id,
+                "document": s.document,
+                "tokens": s.tokens,
+                "counted": s.counted,
+                "text": s.text,
+                "metadata": json.dumps(s.metadata, ensure_ascii=False),
+            }
+            for s in group
+        ]
+        pa.parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), directory / shard_name(shard), compression="zstd")
+        sizes.append(len(group))
+        tokens += sum(len(s.tokens) for s in group)
+        counted += sum(int(s.counted.sum()) for s in group)
+    if not sizes:
+        raise RequestError("the data holds no sequence with a counted token: it is empty, or every document has fewer than two tokens")
+    summary = {"shards": sizes, "tokens": tokens, "counted_tokens": counted, "num_left_out": len(without), "left_out": without[:20]}
+    (directory / "summary.json").write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+
+
+def shard_name(shard: int) -> str:
+    return f"part-{shard:05d}.parquet"
+
+
+class SequenceStore:
+    """The sequences of a run, by number (their order in the data) or shard."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.summary: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+        self.starts = np.concatenate([[0], np.cumsum(self.summary["shards"])])
+        self._read = lru_cache(maxsize=16)(self._read_shard)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Every sequence's id, in order."""
+        columns = [pa.parquet.read_table(self.directory / shard_name(n), columns=["id"])["id"] for n in range(self.num_shards)]
+        return [identifier for column in columns for identifier in column.to_pylist()]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.summary["shards"])
+
+    def shard(self, number: int) -> tuple[TrainingSequence, ...]:
+        return self._read(number)
+
+    def __getitem__(self, number: int) -> TrainingSequence:
+        if not 0 <= number < len(self):
+            raise IndexError(f"there is no sequence {number}: the run has {len(self)}")
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.shard(shard)[number - int(self.starts[shard])]
+
+    def __iter__(self) -> Iterator[TrainingSequence]:
+        for shard in range(self.num_shards):
+            yield from self._read_shard(shard)
+
+    def _read_shard(self, number: int) -> tuple[TrainingSequence, ...]:
+        rows = pa.parquet.read_table(self.directory / shard_name(number)).to_pylist()
+        return tuple(
+            TrainingSequence(
+                id=row["id"],
+                document=row["document"],
+                tokens=np.array(row["tokens"], dtype=np.int32),
+                counted=np.array(row["counted"], dtype=np.bool_),
+                text=row["text"],
+                metadata=json.loads(row["metadata"]),
+            )
+            for row in rows
+        )

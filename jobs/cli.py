@@ -1,0 +1,402 @@
+"""The command line `influence`.
+
+Standard output carries results only (one JSON object with --json); progress and messages go to standard error. Exit status 0: done, 1: the work
+failed, 2: the request was wrong, in one clear line.
+"""
+
+import json
+import os
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.exceptions import TyperException
+
+from influence.config import load_config, parse_bytes
+from influence.errors import RequestError
+from influence.measurement import Measurement, measure_tokens
+from influence.model import longest_sequence
+from influence.result import InfluenceResult, report_page
+from influence.run import QueryOptions, Run, open_run
+from jobs.driver import run_all, stage_states
+from jobs.options import with_config_options
+from jobs.progress import bar, say
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Which training examples made this model say that?"
+)
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="where the model is now, if it moved; its weights must be the same")]
+Memory = Annotated[str, typer.Option("--memory-budget", help="memory for model, factors and batches")]
+Out = Annotated[Path, typer.Option("--out", help="directory for everything the demo makes")]
+
+
+def main() -> None:
+    """The console script. Turns errors into one line and an exit status."""
+    debug = "--debug" in sys.argv
+    _quiet_libraries()
+    try:
+        status = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; the same command goes on from here", 130)
+    except TyperException as error:
+        if debug:
+            raise
+        _fail(" ".join(error.format_message().split()), error.exit_code)
+    except RequestError as error:
+        if debug:
+            raise
+        _fail(" ".join(str(error).split()), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing more to say
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"{' '.join(str(error).split()) or 'no message'} ({type(error).__name__}; --debug shows where)", 1)
+    sys.exit(status or 0)
+
+
+def _fail(message: str, status: int) -> None:
+    say(f"error: {message}")
+    sys.exit(status)
+
+
+def _quiet_libraries() -> None:
+    """Bars and notices of other libraries would mix with ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Ray workers; 0 runs everything in this process")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The whole main job on real text, offline: data, model, factors, index, queries with known answers, report."""
+    from jobs.demo.run import run_demo
+
+    outcome = run_demo(out, workers)
+    if as_json:
+        _print_json(outcome.to_json())
+    else:
+        outcome.print(Console())
+
+
+@app.command()
+@with_config_options
+def run(
+    config: Annotated[Path | None, typer.Argument(help="YAML configuration; options given beside it win", show_default=False)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Every stage that is not yet done, in order; after a crash, the same command goes on where it was."""
+    settings = load_config(config, overrides)
+    start = time.monotonic()
+    finished = run_all(settings)
+    if as_json:
+        _print_json(_status(finished) | {"seconds": round(time.monotonic() - start, 2)})
+    else:
+        _print_status(finished)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    verify: Annotated[bool, typer.Option("--verify", help="also check every file against its checksum")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Stages, units done, throughput and time left; and what the run is made of."""
+    opened = open_run(run)
+    if verify:
+        _verify(opened)
+    if as_json:
+        _print_json(_status(opened))
+    else:
+        _print_status(opened)
+
+
+@app.command()
+def query(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    prompt: Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)] = None,
+    completion: Annotated[str | None, typer.Argument(help="what the model said", show_default=False)] = None,
+    k: Annotated[int, typer.Option("-k", help="how many sequences")] = 10,
+    opponents: Annotated[bool, typer.Option("--opponents", help="the most negative sequences instead of the most positive")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
+    contrast: Annotated[str | None, typer.Option("--contrast", help="another completion: explain the difference to it")] = None,
+    span: Annotated[str | None, typer.Option("--span", metavar="A:B", help="only tokens A to B-1 of the completion")] = None,
+    layers: Annotated[list[str] | None, typer.Option("--layers", help="only layers that match this glob; may be repeated")] = None,
+    candidates: Annotated[int, typer.Option("--candidates", help="how many of the index's best are reranked exactly")] = 200,
+    queries: Annotated[
+        Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids")
+    ] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="colour each token by its share (red helps, teal hurts)")] = False,
+    bm25: Annotated[bool, typer.Option("--bm25", help="show each sequence's rank in lexical search")] = False,
+    model: ModelOption = None,
+    memory_budget: Memory = "4GiB",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The most influential training sequences for a completion."""
+    opened = _open(run, model, memory_budget)
+    options = QueryOptions(k=k, opponents=opponents, exact=exact, layers=tuple(layers or ()), candidates=candidates, bm25=bm25)
+    asked = _measurements(opened, prompt, completion, contrast, span, queries)
+    results = _answer(opened, [measurement for _, measurement in asked], options)
+    for result in results:
+        opened.directory.keep_answer(result.id, result.to_json() | {"opponents_asked": opponents})
+    if queries is not None and as_json:
+        _print_json({"queries": [result.to_json() | {"id": name} for (name, _), result in zip(asked, results, strict=True)]})
+    elif as_json:
+        _print_json(results[0].to_json())
+    else:
+        for result in results:
+            _print_result(result, tokens, bm25)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    prompt: Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)] = None,
+    completion: Annotated[str | None, typer.Argument(help="what the model said", show_default=False)] = None,
+    queries: Annotated[
+        Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="how many sequences on either side")] = 10,
+    exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="the HTML file; report.html in the run directory when left out")] = None,
+    model: ModelOption = None,
+    memory_budget: Memory = "4GiB",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """One self-contained HTML page: the query, its proponents and opponents, layers, tokens and distribution.
+
+    Without a query, the queries asked of this run so far are reported.
+    """
+    opened = _open(run, model, memory_budget)
+    nothing_asked = prompt is None and queries is None
+    asked = _asked_before(opened) if nothing_asked else _measurements(opened, prompt, completion, None, None, queries)
+    answers = answers_with_opponents(opened, asked, k, exact)
+    page = out or opened.directory.path / "report.html"
+    write_page(page, answers, opened)
+    if as_json:
+        _print_json({"report": str(page), "bytes": page.stat().st_size, "queries": answers})
+    else:
+        print(page)
+
+
+def _open(run: Path, model: str | None, memory_budget: str) -> Run:
+    budget = parse_bytes(memory_budget)
+    if not isinstance(budget, int) or budget <= 0:
+        raise RequestError(f"--memory-budget: {memory_budget!r} is not a size such as 4GiB")
+    return open_run(run, model=model, memory_budget=budget)
+
+
+def _answer(run: Run, measurements: list[Measurement], options: QueryOptions) -> list[InfluenceResult]:
+    if not options.exact:
+        return run.answer(measurements, options)
+    with bar("exact scan") as progress:
+        return run.answer(measurements, options, progress.advance)
+
+
+def answers_with_opponents(run: Run, asked: list[tuple[str, Measurement]], k: int, exact: bool = False) -> list[dict[str, Any]]:
+    """Each query's answer as JSON, its opponents beside its proponents, as the report shows them."""
+    measurements = [measurement for _, measurement in asked]
+    helping = _answer(run, measurements, QueryOptions(k=k, exact=exact, bm25=True))
+    hurting = _answer(run, measurements, QueryOptions(k=k, exact=exact, bm25=True, opponents=True))
+    return [
+        for_.to_json() | {"id": name, "opponents": against.to_json()["results"]}
+        for (name, _), for_, against in zip(asked, helping, hurting, strict=True)
+    ]
+
+
+def write_page(path: Path, answers: list[dict[str, Any]], run: Run) -> None:
+    """The report as a file that appears whole or not at all."""
+    page = report_page(answers, run=run.directory.path.name, created=date.today().isoformat())
+    if not path.parent.is_dir():
+        raise RequestError(f"there is no directory {path.parent} to write the report to")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(page, encoding="utf-8")
+        scratch.rename(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _asked_before(run: Run) -> list[tuple[str, Measurement]]:
+    asked = [(answer["id"], answer["query"]) for answer in run.directory.answers() if "contrast" not in answer["query"]]
+    if not asked:
+        raise RequestError(f"nothing was asked of {run.directory} yet: give a prompt and a completion, or --queries FILE")
+    unique = {(query["prompt"], query["completion"]): name for name, query in asked[-20:]}
+    return [(name, run.measure(prompt, completion)) for (prompt, completion), name in unique.items()]
+
+
+def _measurements(
+    run: Run, prompt: str | None, completion: str | None, contrast: str | None, span: str | None, queries: Path | None
+) -> list[tuple[str, Measurement]]:
+    if queries is not None:
+        if prompt is not None or contrast is not None or span is not None:
+            raise RequestError("give a prompt and completion (with --contrast or --span), or --queries FILE, not both")
+        return [(name, _measurement_of(run, item, place)) for name, item, place in _read_queries(queries)]
+    if prompt is None or completion is None:
+        raise RequestError("give PROMPT and COMPLETION, or --queries FILE")
+    return [("query", run.measure(prompt, completion, contrast=contrast, span=_parse_span(span)))]
+
+
+def _parse_span(span: str | None) -> tuple[int, int] | None:
+    if span is None:
+        return None
+    first, colon, last = span.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise RequestError(f"--span: expected two token numbers such as 0:3, got {span!r}")
+    return int(first), int(last)
+
+
+def _read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RequestError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+        if not isinstance(item, dict):
+            raise RequestError(f"{path}, line {number}: expected a JSON object")
+        found.append((str(item.get("id", number)), item, f"{path}, line {number}"))
+    if not found:
+        raise RequestError(f"{path} holds no query")
+    return found
+
+
+def _measurement_of(run: Run, item: dict[str, Any], place: str) -> Measurement:
+    try:
+        if isinstance(item.get("input_ids"), list):
+            return measure_tokens(run.tokenizer, item["input_ids"], longest=longest_sequence(run.language_model.model))
+        if isinstance(item.get("text"), str):
+            return run.measure("", item["text"])
+        if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
+            return run.measure(item["prompt"], item["completion"])
+    except RequestError as error:
+        raise RequestError(f"{place}: {error}") from None
+    raise RequestError(f"{place}: expected prompt and completion, or text, or input_ids; got {', '.join(item) or 'nothing'}")
+
+
+# what people see
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _verify(run: Run) -> None:
+    for stage, state in stage_states(run).items():
+        if state["done"]:
+            for path in sorted((run.directory.path / stage).glob("[!.]*")):
+                run.directory.verify(stage, path.name)
+
+
+def _status(run: Run) -> dict[str, Any]:
+    states = stage_states(run)
+    finished = all(state["total"] is not None and state["done"] == state["total"] for state in states.values())
+    status: dict[str, Any] = {"run": str(run.directory), "finished": finished, "stages": states, **run.description}
+    if states["sequences"]["done"]:
+        status["data"] = {"sequences": len(run.store), **{key: value for key, value in run.store.summary.items() if key != "shards"}}
+    if states["layers"]["done"]:
+        coverage = run.coverage
+        status["coverage"] = {
+            "parameters_attributed": coverage.share,
+            "layers": [layer.name for layer in coverage.layers],
+            "excluded": coverage.excluded,
+        }
+    if finished:
+        status["recall"] = run.measured_recall
+    else:
+        status["progress"] = run.directory.read_progress()
+    return status
+
+
+def _print_status(run: Run) -> None:
+    status = _status(run)
+    console = Console()
+    table = Table(
+        "stage", "done", "of", title=f"{status['run']}: {'finished' if status['finished'] else 'not finished'}", title_justify="left"
+    )
+    for name, state in status["stages"].items():
+        table.add_row(name, str(state["done"]), "?" if state["total"] is None else str(state["total"]))
+    console.print(table)
+    if progress := status.get("progress"):
+        console.print(
+            f"last at {progress['stage']}: {progress['done']}/{progress['total']}, {progress['units_per_second']:.2f} units/s, "
+            f"{progress['seconds_left']:.0f} s left, {time.time() - progress['updated']:.0f} s ago"
+        )
+    if data := status.get("data"):
+        console.print(f"data: {data['sequences']:,} sequences, {data['tokens']:,} tokens, {data['num_left_out']} left out")
+    if coverage := status.get("coverage"):
+        share = coverage["parameters_attributed"]
+        console.print(
+            f"coverage: {share:.1%} of the parameters, in {len(coverage['layers'])} layers; {len(coverage['excluded'])} modules excluded"
+        )
+    if recall := status.get("recall"):
+        console.print(f"recall: {recall.get('recall_at_10', float('nan')):.3f} of the exact top 10 among {recall['candidates']} candidates")
+    for name, value in status["fingerprints"].items():
+        console.print(f"{name}: {value}")
+
+
+def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
+    console = Console()
+    query, provenance = result.query, result.provenance
+    console.print(Text(f"{query['prompt']}", style="dim") + Text(query["completion"], style="bold"))
+    console.print(f"log-probability {query['log_probability']:.3f} nats", style="dim")
+    largest = max((abs(share) for sequence in result.sequences for _, share in sequence.tokens), default=0.0)
+    table = Table("rank", "score (nats)", "id", *(["bm25"] if bm25 else []), "text", show_lines=tokens)
+    for sequence in result.sequences:
+        text = _coloured(sequence.tokens, largest) if tokens else Text(" ".join(sequence.text.split())[:200])
+        lexical = [str(sequence.bm25_rank or "-")] if bm25 else []
+        table.add_row(str(sequence.rank), f"{sequence.score:+.4g}", Text(sequence.id), *lexical, text)
+    console.print(table)
+    recall = provenance["recall_at_10"]
+    console.print(
+        f"searched {provenance['searched']:,} sequences, reranked {provenance['candidates']:,} exactly in {provenance['seconds']:.2f} s; "
+        f"{result.coverage['parameters_attributed']:.1%} of the parameters; recall of the top 10 "
+        + ("not measured for this kind of query" if recall is None else f"{recall:.3f}"),
+        style="dim",
+    )
+
+
+def _coloured(tokens: list[tuple[str, float]], largest: float) -> Text:
+    """Red helps, teal hurts; the stronger the larger the token's share."""
+    line = Text()
+    for token, share in tokens:
+        strength = round(200 * abs(share) / largest) if largest else 0
+        colour = f"rgb({255},{255 - strength},{255 - strength})" if share > 0 else f"rgb({255 - strength},{255},{255 - strength // 4})"
+        line.append(token, style=f"black on {colour}")
+    return line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The demonstration's model: a byte-level tokenizer and a small GPT-2, both made from nothing out of the given documents.
+
+`train_model` writes a Hugging Face directory that loads with ``from_pretrained``. It appears whole or not at all and carries a
+record of the documents and settings it was made from. This module does not know what the documents say, nor what
+is asked of the model afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from jobs.demo.text import Document
+
+END_OF_TEXT = "<|endoftext|>"
+RECORD_FILE = "made_from.json"
+RECORD_FORMAT = 1
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What decides the model besides the documents. `learning_rate` falls linearly to zero over all steps."""
+
+    vocabulary_size: int = 2048
+    sequence_length: int = 64
+    num_layers: int = 3
+    width: int = 128
+    num_heads: int = 4
+    epochs: int = 10
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_share: float = 0.05
+    initializer_range: float = 0.05
+    seed: int = 0
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocabulary_size` entries, trained on `texts`.
+
+    Every encoded text begins with ``<|endoftext|>``, which is also the end and padding token. Bytes are all in the vocabulary, so
+    nothing is unknown, and offsets are in characters of the text, a token's leading space included.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    byte_level = processors.ByteLevel(trim_offsets=False)
+    beginning = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A $B",
+        special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))],
+    )
+    tokenizer.post_processor = processors.Sequence([byte_level, beginning])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, padding_side="right"
+    )
+
+
+def train_model(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], settings: TrainingSettings, out: Path, progress: Progress
+) -> None:
+    """Train a GPT-2 from nothing on `documents` and write it with its tokenizer to the directory `out`.
+
+    The training sequences are each document's tokens cut at every `settings.sequence_length`; the loss of a batch is the mean over its
+    predicted tokens. `progress(done, total, message)` is called after every epoch. Where `out` already holds the model of
+    these documents, this tokenizer and these settings, nothing is done. Equal arguments on one machine give equal weights,
+    and torch's random state is left as it was.
+
+    Raises ValueError when `out` holds anything else.
+    """
+    made_from = fingerprint(tokenizer, documents, settings)
+    if is_made_from(out, made_from):
+        progress(settings.epochs, settings.epochs, f"{out} is there already, made from the same documents and settings")
+        return
+    model = initial_model(tokenizer, settings)
+    fit(model, cut_sequences(tokenizer, documents, settings.sequence_length), settings, progress)
+    write_whole(model, tokenizer, {"format": RECORD_FORMAT, "sha256": made_from, "settings": asdict(settings)}, out)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], settings: TrainingSettings) -> str:
+    """SHA-256 of everything that the weights are made from."""
+    parts = [tokenizer.backend_tokenizer.to_str(), asdict(settings), [[document.id, document.text] for document in documents]]
+    return hashlib.sha256(json.dumps([RECORD_FORMAT, *parts], sort_keys=True).encode()).hexdigest()
+
+
+def is_made_from(out: Path, made_from: str) -> bool:
+    """Whether `out` holds the model with this fingerprint; False when nothing is there.
+
+    Raises ValueError when something else is there.
+    """
+    if not out.exists():
+        return False
+    record = out / RECORD_FILE
+    if not record.is_file():
+        raise ValueError(f"{out} exists and is not a model this command made (it has no {RECORD_FILE}): choose another directory")
+    found = json.loads(record.read_text(encoding="utf-8")).get("sha256")
+    if found != made_from:
+        raise ValueError(
+            f"{out} holds a model made from other documents or settings (found {found}, expected {made_from}): "
+            "remove it or choose another directory"
+        )
+    return True
+
+
+def cut_sequences(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], length: int) -> list[list[int]]:
+    """The token ids of every document, cut into pieces of at most `length`, in order."""
+    encoded = [tokenizer(document.text)["input_ids"] for document in documents]
+    return [ids[start : start + length] for ids in encoded for start in range(0, len(ids), length)]
+
+
+def initial_model(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings) -> GPT2LMHeadModel:
+    """A GPT-2 without dropout, its weights drawn from `settings.seed`; torch's random state is left as it was."""
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=settings.sequence_length,
+        n_embd=settings.width,
+        n_layer=settings.num_layers,
+        n_head=settings.num_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        use_cache=False,
+        activation_function="gelu_pytorch_tanh",  # the same function as gelu_new, in one operation instead of seven
+        initializer_range=settings.initializer_range,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return GPT2LMHeadModel(config)
+
+
+def fit(model: GPT2LMHeadModel, sequences: Sequence[list[int]], settings: TrainingSettings, progress: Progress) -> None:
+    """Train `model` in place with AdamW, on the GPU where there is one, and bring it back to the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    generator = torch.Generator().manual_seed(settings.seed)
+    usable = [torch.tensor(ids) for ids in sequences if len(ids) > 1]
+    batches_per_epoch = -(-len(usable) // settings.batch_size)
+    num_steps = batches_per_epoch * settings.epochs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    step = 0
+    for epoch in range(settings.epochs):
+        loss_sum = torch.zeros((), device=device)
+        for batch in bucketed_batches([len(ids) for ids in usable], settings.batch_size, generator):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * schedule(step, num_steps, settings.warmup_share)
+            tokens, labels = padded([usable[row] for row in batch])
+            loss = model(tokens.to(device), labels=labels.to(device)).loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            loss_sum += loss.detach()
+            step += 1
+        progress(epoch + 1, settings.epochs, f"training loss {loss_sum.item() / batches_per_epoch:.2f} nats a token")
+    model.to("cpu").eval()
+
+
+def schedule(step: int, num_steps: int, warmup_share: float) -> float:
+    """The share of the learning rate: a linear rise over the first steps, then a linear fall to zero."""
+    warmup = max(1.0, warmup_share * num_steps)
+    return min((step + 1) / warmup, (num_steps - step) / max(1.0, num_steps - warmup), 1.0)
+
+
+def bucketed_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Every row once, in batches of similar length, in random order; rows of equal length are mixed anew each time."""
+    noise = torch.rand(len(lengths), generator=generator).tolist()
+    rows = sorted(range(len(lengths)), key=lambda row: lengths[row] + 4 * noise[row])
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return [batches[position] for position in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def padded(sequences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens padded on the right with 0, and labels padded with -100, which the loss ignores.
+
+    No attention mask is needed: in a causal model, nothing that is counted attends to what comes after it.
+    """
+    tokens = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=0)
+    labels = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=-100)
+    return tokens, labels
+
+
+def write_whole(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, record: dict[str, object], out: Path) -> None:
+    """Write model, tokenizer and record to a temporary sibling of `out`, then rename it: `out` is never half written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / RECORD_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)  # mkdtemp lets only its owner in
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

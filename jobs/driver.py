@@ -1,0 +1,85 @@
+"""A whole run: every stage that is not yet done, in order, on an executor, with progress for people and for `influence status`."""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from influence.config import Config
+from influence.errors import RequestError
+from influence.run import Run
+from influence.run_directory import RunDirectory
+from jobs.executors import Executor, InThisProcess, OnRay, ray_cluster
+from jobs.progress import bar, say
+from jobs.stages import STAGES, Stage, create_run
+
+
+def run_all(config: Config) -> Run:
+    """Brings the configured run to its end and returns it. Called again after any interruption, it goes on with the units that are missing.
+
+    Raises RequestError when the run directory was made from something else, or another process works on it.
+    """
+    create_run(config)
+    with RunDirectory(Path(config.run.dir)).exclusive(), ExitStack() as stack:
+        run = Run(config.run.dir, memory_budget=config.resources.memory_budget)
+        executor: Executor | None = None
+        for stage in STAGES:
+            units = stage.units(run)
+            missing = [unit for unit in units if not run.directory.is_done(stage.name, unit, run.fingerprints[stage.name])]
+            if not missing:
+                continue
+            if executor is None:
+                executor = _executor(config, run, stack)
+            _do_stage(stage, units, missing, run, executor)
+        left_out = run.store.summary["num_left_out"]
+        if left_out:
+            names = ", ".join(run.store.summary["left_out"][:3])
+            say(
+                f"left out {left_out} sequences without a counted token (nothing in them is predicted): {names}{', …' if left_out > 3 else ''}"
+            )
+    return run
+
+
+def _executor(config: Config, run: Run, stack: ExitStack) -> Executor:
+    if config.resources.workers == 0 and config.resources.address is None:
+        return InThisProcess(run, config)
+    return OnRay(config, stack.enter_context(ray_cluster(config)))
+
+
+def _do_stage(stage: Stage, units: Sequence[str], missing: Sequence[str], run: Run, executor: Executor) -> None:
+    start, before = time.time(), len(units) - len(missing)
+    finished = before
+
+    def done(_: str) -> None:
+        nonlocal finished
+        finished += 1
+        per_second = (finished - before) / max(time.time() - start, 1e-9)
+        run.directory.write_progress(
+            {
+                "stage": stage.name,
+                "done": finished,
+                "total": len(units),
+                "units_per_second": per_second,
+                "seconds_left": (len(units) - finished) / per_second,
+                "updated": time.time(),
+            }
+        )
+        progress.advance(finished, len(units))
+
+    with bar(stage.title) as progress:
+        progress.advance(before, len(units))
+        executor.do(stage, missing, done)
+
+
+def stage_states(run: Run) -> dict[str, dict[str, object]]:
+    """For each stage: how many of its units are done and how many there are (None while an earlier stage must tell)."""
+    states: dict[str, dict[str, object]] = {}
+    for stage in STAGES:
+        try:
+            units = stage.units(run)
+        except RequestError:
+            states[stage.name] = {"done": 0, "total": None}
+            continue
+        done = sum(run.directory.is_done(stage.name, unit, run.fingerprints[stage.name]) for unit in units)
+        states[stage.name] = {"done": done, "total": len(units)}
+    return states

@@ -1,0 +1,131 @@
+"""Who does the units of a stage: this process, or workers on Ray. Both give the same results to rounding."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from influence.config import Config
+from influence.errors import RequestError
+from influence.run import Run
+from jobs.stages import Stage, do_unit
+
+Done = Callable[[str], None]
+"""Called with the name of each unit that is finished."""
+
+
+class Executor(Protocol):
+    def do(self, stage: Stage, units: Sequence[str], done: Done) -> None:
+        """Does all the units, in any order. Raises the first failure."""
+
+
+class InThisProcess:
+    """One unit after the other, on one loaded model."""
+
+    def __init__(self, run: Run, config: Config) -> None:
+        self.run, self.config = run, config
+
+    def do(self, stage: Stage, units: Sequence[str], done: Done) -> None:
+        for unit in units:
+            do_unit(stage, self.run, self.config, unit)
+            done(unit)
+
+
+class Worker:
+    """A Ray actor's side: a run of its own, on which it does the units it is given."""
+
+    def __init__(self, config: Config, num_threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(num_threads)
+        self.config = config
+        self.run = Run(config.run.dir, memory_budget=config.resources.memory_budget)
+
+    def do(self, stage_name: str, unit: str) -> str | None:
+        """None when the unit is done; the message when the request was wrong, which no other worker would see differently."""
+        from jobs.stages import STAGES
+
+        stage = next(stage for stage in STAGES if stage.name == stage_name)
+        try:
+            do_unit(stage, self.run, self.config, unit)
+        except RequestError as error:
+            return str(error)
+        return None
+
+
+class OnRay:
+    """Units flow to whichever worker is free. A worker that dies is replaced, and its unit done again, a few times."""
+
+    TRIES = 3
+
+    def __init__(self, config: Config, num_workers: int) -> None:
+        import ray
+
+        self._ray, self.config = ray, config
+        threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // num_workers)
+        options = {"num_cpus": threads, "num_gpus": config.resources.gpus_per_worker}
+        self._new_worker: Any = ray.remote(Worker).options(**options)
+        self._threads = threads
+        self.workers: list[Any] = [self._start() for _ in range(num_workers)]
+
+    def _start(self) -> Any:
+        return self._new_worker.remote(self.config, self._threads)
+
+    def do(self, stage: Stage, units: Sequence[str], done: Done) -> None:
+        waiting = [(unit, 1) for unit in reversed(units)]
+        idle = list(self.workers)
+        running: dict[Any, tuple[Any, str, int]] = {}
+        try:
+            while waiting or running:
+                while waiting and idle:
+                    worker, (unit, attempt) = idle.pop(), waiting.pop()
+                    running[worker.do.remote(stage.name, unit)] = (worker, unit, attempt)
+                finished, _ = self._ray.wait(list(running), num_returns=1)
+                worker, unit, attempt = running.pop(finished[0])
+                try:
+                    refusal = self._ray.get(finished[0])
+                except self._ray.exceptions.RayActorError as error:
+                    if attempt == self.TRIES:
+                        raise RuntimeError(f"{stage.name}/{unit} failed {attempt} times; last: {_first_line(error)}") from error
+                    self.workers[self.workers.index(worker)] = fresh = self._start()
+                    idle.append(fresh)
+                    waiting.append((unit, attempt + 1))
+                    continue
+                if refusal is not None:
+                    raise RequestError(refusal)
+                idle.append(worker)
+                done(unit)
+        finally:
+            for reference in running:
+                self._ray.cancel(reference, force=False)
+
+
+@contextmanager
+def ray_cluster(config: Config) -> Iterator[int]:
+    """A connection to the configured Ray cluster, or a local one, for as long as the context lasts; gives the number of workers.
+
+    A connection that exists already is used, and left as it is.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray
+
+    address, workers = config.resources.address, config.resources.workers
+    if ray.is_initialized():
+        yield workers or 1
+        return
+    if address is None:
+        # A local cluster is nobody else's: without a mode of its own Ray would write a token into the home directory.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    try:
+        ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False, logging_level="error")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RequestError(f"no Ray cluster can be reached at {address!r}: {_first_line(error)}") from None
+    try:
+        yield workers or max(1, int(ray.cluster_resources().get("GPU", 0)) or len(ray.nodes()))
+    finally:
+        ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

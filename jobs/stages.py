@@ -1,0 +1,269 @@
+"""The stages of a run as plain functions over units of work.
+
+A unit is (stage, name): a shard of sequences, a covariance, or everything. Its function reads what earlier stages left in the run
+directory and returns how to write its own output; who calls it, in which process and in which order within a stage makes no difference.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ekfac import (
+    Covariance,
+    EigenvalueSum,
+    attributable_layers,
+    covariance_pass,
+    drawn_label_loss,
+    eigenbasis,
+    eigenvalue_pass,
+    input_name,
+    key_of,
+    keyed_bits,
+    layer_factors,
+    merge,
+    output_name,
+    reached_positions,
+    true_label_loss,
+)
+from ekfac.kronecker import Eigenbasis
+from indexing import encode_rows, feature_rows, recall, spread_gradients
+from influence.artifacts import (
+    read_covariance,
+    read_eigenvalues,
+    write_covariances,
+    write_eigenbasis,
+    write_eigenvalues,
+    write_factors,
+    write_layers,
+)
+from influence.attribution import precondition, query_gradients, scan
+from influence.batches import in_batches
+from influence.config import Config
+from influence.documents import data_fingerprint, read_documents
+from influence.errors import RequestError
+from influence.measurement import Measurement
+from influence.model import LanguageModel, load_model, longest_sequence, model_fingerprint, tokenizer_fingerprint
+from influence.run import QueryOptions, Run
+from influence.run_directory import RunDirectory
+from influence.sequences import TrainingSequence, tokenize, write_sequences
+
+Write = Callable[[Path], None]
+RECALL_DEPTH = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a run: what its units are called, and the work of one of them."""
+
+    name: str
+    title: str
+    units: Callable[[Run], Sequence[str]]
+    work: Callable[[Run, Config, str], Write]
+
+
+def create_run(config: Config) -> None:
+    """Writes what the run is made of into its directory, or checks that the directory was made from the same.
+
+    Loads the model once for its fingerprint. Raises RequestError when anything differs, or the sequences are longer than the model allows.
+    """
+    data = data_fingerprint(config.data)
+    loaded: LanguageModel = load_model(config.model)
+    limit = longest_sequence(loaded.model)
+    if limit is not None and config.data.sequence_length > limit:
+        raise RequestError(f"data.sequence_length is {config.data.sequence_length}, but the model has {limit} positions: lower it")
+    RunDirectory(Path(config.run.dir)).create(
+        {
+            "settings": config.identity(),
+            "fingerprints": {
+                "model": model_fingerprint(loaded.model),
+                "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
+                "data": data,
+            },
+            "sources": {"model": config.model.name, "revision": config.model.revision, "files": config.data.files},
+        }
+    )
+
+
+def do_unit(stage: Stage, run: Run, config: Config, unit: str) -> None:
+    """Does one unit's work and leaves its output in the run directory, unless it is there already."""
+    fingerprint = run.fingerprints[stage.name]
+    if not run.directory.is_done(stage.name, unit, fingerprint):
+        run.directory.write_unit(stage.name, unit, fingerprint, stage.work(run, config, unit))
+
+
+def _everything(_: Run) -> Sequence[str]:
+    return ["all"]
+
+
+def _shards(run: Run) -> Sequence[str]:
+    return run.shards
+
+
+def _covariance_names(run: Run) -> Sequence[str]:
+    return sorted({name for layer in run.coverage.layers for name in (input_name(layer), output_name(layer))})
+
+
+def _shard_number(unit: str) -> int:
+    return int(unit.removeprefix("part-"))
+
+
+def _sequences(run: Run, config: Config, _: str) -> Write:
+    def write(directory: Path) -> None:
+        sequences = tokenize(read_documents(config.data), run.tokenizer, config.data)
+        write_sequences(directory, sequences, config.data.sequences_per_shard)
+
+    return write
+
+
+def _layers(run: Run, config: Config, _: str) -> Write:
+    loaded = run.language_model
+
+    def call(model: torch.nn.Module) -> None:
+        model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=loaded.device), use_cache=False)
+
+    try:
+        coverage = attributable_layers(loaded.model, call, config.factors.patterns)
+    except ValueError as error:
+        raise RequestError(f"factors.layers: {error}") from None
+    return lambda directory: write_layers(directory, coverage)
+
+
+def fitted_sequences(run: Run, shard: int) -> list[TrainingSequence]:
+    """The sequences of a shard that factors are fitted on: those whose ids have the smallest hashes among all."""
+    wanted = run.factors_config.sequences
+    sequences = run.store.shard(shard)
+    if wanted is None or wanted >= len(run.store):
+        return list(sequences)
+    bits = keyed_bits(run.factors_config.seed, np.array([key_of(name) for name in run.store.ids], dtype=np.uint64), 1)[:, 0]
+    chosen = set(np.argsort(bits, kind="stable")[:wanted].tolist())
+    start = int(run.store.starts[shard])
+    return [sequence for place, sequence in enumerate(sequences) if start + place in chosen]
+
+
+def _covariances(run: Run, _: Config, unit: str) -> Write:
+    attributed, loss = run.attributed, drawn_label_loss(run.factors_config.seed)
+    sequences = fitted_sequences(run, _shard_number(unit))
+    batches = (batch for _, batch in in_batches(sequences, attributed.budget, attributed.device))
+    parts = covariance_pass(attributed.model, attributed.layers, batches, loss, reached_positions)
+    return lambda directory: write_covariances(directory, parts)
+
+
+def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
+    parts = [read_covariance(run.path_of("covariances", shard), unit) for shard in run.shards]
+    total: Covariance = reduce(add, [part for part in parts if part is not None])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    basis = eigenbasis(Covariance(total=total.total.to(device), num_positions=total.num_positions))
+    dtype = torch.float64 if run.model_config.dtype == "float64" else torch.float32
+    return lambda directory: write_eigenbasis(directory, basis, dtype)
+
+
+def _eigenvalues(run: Run, _: Config, unit: str) -> Write:
+    attributed, loss = run.attributed, drawn_label_loss(run.factors_config.seed)
+    sequences = fitted_sequences(run, _shard_number(unit))
+    batches = (batch for _, batch in in_batches(sequences, attributed.budget, attributed.device))
+    sums = eigenvalue_pass(attributed.model, attributed.layers, run.eigenvectors, batches, loss, reached_positions)
+    return lambda directory: write_eigenvalues(directory, sums)
+
+
+def _factors(run: Run, config: Config, _: str) -> Write:
+    sums: Mapping[str, EigenvalueSum] = reduce(merge, [read_eigenvalues(run.path_of("eigenvalues", shard)) for shard in run.shards])
+    damping = config.factors.as_damping()
+    dtype = "float64" if run.model_config.dtype == "float64" else "float32"
+    nothing = Eigenbasis(values=torch.empty(0), vectors=torch.empty((0, 0)))  # eigenvectors have files of their own
+    factors = {name: layer_factors(nothing, nothing, part, damping, dtype) for name, part in sums.items()}
+    return lambda directory: write_factors(directory, factors)
+
+
+def _rows(run: Run, _: Config, unit: str) -> Write:
+    attributed, sequences = run.attributed, run.store.shard(_shard_number(unit))
+    rows = np.empty((len(sequences), run.features.row_length), dtype=np.float16)
+    self_influence = np.empty(len(sequences), dtype=np.float64)
+    for members, batch in in_batches(sequences, attributed.budget, attributed.device):
+        found, own = feature_rows(attributed.model, attributed.layers, run.factors, run.features, run.signs, true_label_loss, batch)
+        rows[members], self_influence[members] = encode_rows(found), own.cpu().numpy()
+
+    def write(directory: Path) -> None:
+        np.save(directory / "rows.npy", rows, allow_pickle=False)
+        np.save(directory / "self_influence.npy", self_influence / len(run.store), allow_pickle=False)
+
+    return write
+
+
+def recall_queries(run: Run) -> list[tuple[int, Measurement]]:
+    """Training sequences that serve as queries: (number, measurement of the log-probability of the second half given the first).
+
+    As many as asked for, and as fit into a quarter of the memory budget; chosen by hash of their ids among those with two counted tokens.
+    """
+    gradient_bytes = 4 * sum(layer.shape[0] * layer.shape[1] for layer in run.coverage.layers)
+    wanted = min(run.index_config.recall_queries, max(1, run.memory_budget // 4 // gradient_bytes))
+    bits = keyed_bits(run.index_config.seed, np.array([key_of(name) for name in run.store.ids], dtype=np.uint64), 1)[:, 0]
+    chosen: list[tuple[int, Measurement]] = []
+    for number in np.argsort(bits, kind="stable").tolist():
+        sequence = run.store[number]
+        second_half = sequence.counted & (np.cumsum(sequence.counted) > sequence.counted.sum() // 2)
+        if len(chosen) == wanted:
+            break
+        if sequence.counted.sum() >= 2:
+            query = TrainingSequence(**{**vars(sequence), "counted": second_half})
+            chosen.append((number, Measurement(prompt="", completion=sequence.text, contrast=None, parts=((1.0, query),))))
+    return chosen
+
+
+def _scan_units(run: Run) -> Sequence[str]:
+    return run.shards if run.index_config.recall_queries else []
+
+
+def _scan(run: Run, _: Config, unit: str) -> Write:
+    attributed = run.attributed
+    gradients = query_gradients(attributed, [measurement for _, measurement in recall_queries(run)]).gradients
+    scores = scan(attributed, precondition(gradients, run.factors), run.store.shard(_shard_number(unit)))
+    return lambda directory: np.save(directory / "scores.npy", scores, allow_pickle=False)
+
+
+def _recall_units(run: Run) -> Sequence[str]:
+    return ["all"] if run.index_config.recall_queries else []
+
+
+def _recall(run: Run, _: Config, unit: str) -> Write:
+    """How many of the exact top 10 are among the index's candidates; a query's own sequence is left out of both."""
+    queries = recall_queries(run)
+    scores = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
+    gradients = query_gradients(run.attributed, [measurement for _, measurement in queries]).gradients
+    depth = QueryOptions().candidates
+    found = run.index.search(spread_gradients(gradients, run.factors, run.features, run.signs), depth + 1).numbers
+    own = [number for number, _ in queries]
+    truth = [_without(np.argsort(-row, kind="stable"), number)[:RECALL_DEPTH] for row, number in zip(scores, own, strict=True)]
+    candidates = [_without(row, number)[:depth] for row, number in zip(found, own, strict=True)]
+    measured: dict[str, Any] = {"candidates": depth, "queries": len(queries)}
+    if len(run.store) > 1:
+        measured["recall_at_10"] = recall(candidates, truth)
+        measured["recall_at_10_without_rerank"] = recall([row[:RECALL_DEPTH] for row in candidates], truth)
+
+    def write(directory: Path) -> None:
+        (directory / "recall.json").write_text(json.dumps(measured), encoding="utf-8")
+
+    return write
+
+
+def _without(numbers: np.ndarray[Any, Any], number: int) -> list[int]:
+    return [int(other) for other in numbers if other != number]
+
+
+STAGES = (
+    Stage(name="sequences", title="reading and tokenizing data", units=_everything, work=_sequences),
+    Stage(name="layers", title="finding layers", units=_everything, work=_layers),
+    Stage(name="covariances", title="covariances", units=_shards, work=_covariances),
+    Stage(name="eigenbases", title="eigenbases", units=_covariance_names, work=_eigenbasis),
+    Stage(name="eigenvalues", title="corrected eigenvalues", units=_shards, work=_eigenvalues),
+    Stage(name="factors", title="factors", units=_everything, work=_factors),
+    Stage(name="rows", title="index rows", units=_shards, work=_rows),
+    Stage(name="scans", title="exact scan of sample queries", units=_scan_units, work=_scan),
+    Stage(name="recall", title="recall of the index", units=_recall_units, work=_recall),
+)

@@ -1,0 +1,91 @@
+"""Tiny models of real architectures, and batches that expose mistakes: padding, one-token sequences, prompts that are not counted."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ekfac import SequenceBatch, key_of
+
+VOCABULARY = 23
+
+ARCHITECTURES = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    ),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+        )
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            tie_word_embeddings=True,
+        )
+    ),
+    "neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=VOCABULARY, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+    ),
+}
+
+
+def tiny_model(architecture: str, seed: int = 0) -> nn.Module:
+    """A small model in float64 with weights large enough that no gradient is negligible."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = ARCHITECTURES[architecture]().to(torch.float64)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def padded_batch(lengths: tuple[int, ...] = (7, 4, 2, 7), num_positions: int = 7, seed: int = 0, prompt: int = 0) -> SequenceBatch:
+    """Random tokens padded on the right; the first `prompt` tokens of each sequence (at least one) are not counted."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, VOCABULARY, (len(lengths), num_positions), generator=generator)
+    positions = torch.arange(num_positions)[None]
+    real = positions < torch.tensor(lengths)[:, None]
+    return SequenceBatch(
+        tokens=tokens.where(real, 0),
+        counted=real & (positions >= max(1, prompt)),
+        keys=np.array([key_of(f"{seed}/{n}") for n in range(len(lengths))], dtype=np.uint64),
+    )
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Sums in a fixed order, whatever the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

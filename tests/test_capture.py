@@ -1,0 +1,151 @@
+"""Capture gives each sequence's exact gradient, layer by layer, and leaves the model as it was."""
+
+import copy
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_model
+from torch import nn
+
+from ekfac import SequenceBatch, attributable_layers, capture, sequence_gradients, true_label_loss
+
+
+def run_once(model: nn.Module) -> None:
+    model(input_ids=torch.ones((1, 2), dtype=torch.int64), use_cache=False)
+
+
+def captured_gradients(model: nn.Module, batch: SequenceBatch) -> dict[str, torch.Tensor]:
+    gradients: dict[str, torch.Tensor] = {}
+    layers = attributable_layers(model, run_once).layers
+    capture(
+        model,
+        layers,
+        lambda: true_label_loss(model, batch),
+        batch.reached,
+        lambda layer, record: gradients.__setitem__(layer.name, sequence_gradients(record)),
+    )
+    return gradients
+
+
+def autograd_gradient(model: nn.Module, name: str, batch: SequenceBatch, index: int) -> torch.Tensor:
+    """[O, J] by plain autograd on the one sequence without its padding."""
+    length = int(batch.counted[index].nonzero().max()) + 1
+    single = SequenceBatch(
+        tokens=batch.tokens[index : index + 1, :length],
+        counted=batch.counted[index : index + 1, :length],
+        keys=batch.keys[index : index + 1],
+    )
+    module = model.get_submodule(name)
+    parameters = [module.weight] + ([module.bias] if module.bias is not None else [])
+    weight, *bias = torch.autograd.grad(true_label_loss(model, single), parameters)
+    weight = weight if isinstance(module, nn.Linear) else weight.T
+    return torch.cat([weight, bias[0][:, None]], 1) if bias else weight
+
+
+@pytest.mark.parametrize("prompt", [0, 3])
+def test_capture_equals_autograd_per_sequence(architecture: str, prompt: int) -> None:
+    model = tiny_model(architecture)
+    batch = padded_batch(lengths=(7, 4, 5, 7), prompt=prompt)
+    gradients = captured_gradients(model, batch)
+    assert len(gradients) >= 8
+    for name, gradient in gradients.items():
+        for index in range(4):
+            expected = autograd_gradient(model, name, batch, index)
+            assert torch.allclose(gradient[index], expected, rtol=1e-10, atol=1e-10), name
+            assert expected.abs().max() > 1e-6
+
+
+def test_sequence_of_nothing_but_padding_has_zero_gradient() -> None:
+    batch = padded_batch(lengths=(7, 1))
+    assert not batch.counted[1].any()
+    for gradient in captured_gradients(tiny_model("gpt2"), batch).values():
+        assert gradient[1].abs().max() == 0
+
+
+def test_layers_fed_one_tensor_share_an_input_group() -> None:
+    groups = {layer.name: layer.input_group for layer in attributable_layers(tiny_model("llama"), run_once).layers}
+    block = "model.layers.1."
+    assert groups[block + "self_attn.v_proj"] == groups[block + "self_attn.k_proj"] == block + "self_attn.q_proj"
+    assert groups[block + "mlp.up_proj"] == block + "mlp.gate_proj"
+    assert groups[block + "mlp.down_proj"] == block + "mlp.down_proj"
+
+
+def test_coverage_counts_every_parameter_once_and_names_what_is_left_out() -> None:
+    model = tiny_model("gpt2")
+    coverage = attributable_layers(model, run_once)
+    blocks = sum(p.numel() for name, p in model.named_parameters() if ".h." in name and "ln_" not in name)
+    assert coverage.attributed == blocks
+    assert coverage.total == sum(p.numel() for p in model.parameters())
+    assert coverage.excluded["lm_head"] == "tied to transformer.wte, which is not attributed"
+    assert {"transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"} <= set(coverage.excluded)
+
+
+def test_untied_head_is_attributed() -> None:
+    assert "lm_head" in [layer.name for layer in attributable_layers(tiny_model("llama"), run_once).layers]
+
+
+def test_model_is_left_as_it_was_found() -> None:
+    model = tiny_model("gpt2")
+    model.train()
+    model.transformer.h[0].eval()
+    model.transformer.wte.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    flags = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for m in model.modules()]
+    random_state = torch.get_rng_state()
+    captured_gradients(model, padded_batch())
+    assert flags == ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()])
+    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for m in model.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_model_is_restored_when_a_consumer_fails() -> None:
+    model = tiny_model("gpt2")
+    layers = attributable_layers(model, run_once).layers
+    batch = padded_batch()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("consumer")
+
+    with pytest.raises(RuntimeError, match="consumer"):
+        capture(model, layers, lambda: true_label_loss(model, batch), batch.reached, fail)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_no_weight_gradient_is_computed_and_records_arrive_from_last_to_first() -> None:
+    model = tiny_model("gpt2")
+    layers = attributable_layers(model, run_once).layers
+    batch = padded_batch()
+    seen: list[str] = []
+    capture(model, layers, lambda: true_label_loss(model, batch), batch.reached, lambda layer, _: seen.append(layer.name))
+    assert seen == [layer.name for layer in reversed(layers)]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_non_finite_weights_are_refused() -> None:
+    model = tiny_model("gpt2")
+    model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        captured_gradients(model, padded_batch())
+
+
+def test_layer_called_twice_is_left_out_with_the_reason() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once, self.twice = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.twice(self.twice(self.once(x)))
+
+    coverage = attributable_layers(Twice(), lambda model: model(torch.ones(1, 3)))
+    assert [layer.name for layer in coverage.layers] == ["once"]
+    assert coverage.excluded == {"twice": "called 2 times in one forward pass"}
+
+
+def test_pattern_without_a_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no attributable layer matches '\*\.mlpp\.\*'"):
+        attributable_layers(tiny_model("gpt2"), run_once, ["*.mlpp.*"])

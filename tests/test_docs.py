@@ -1,0 +1,50 @@
+"""The documents keep up with the code: what one names, the other has."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def normalized(name: str) -> str:
+    """A distribution's name as registries compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared_dependencies() -> set[str]:
+    """Names in pyproject.toml: required ones and those of every extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    return {normalized(re.match(r"[\w.-]+", requirement)[0]) for requirements in lists for requirement in requirements}
+
+
+def documented_dependencies() -> set[str]:
+    """Names in the first column of the tables in docs/dependencies.md; an extra in brackets is not part of a name."""
+    rows = re.findall(r"^\| (`[^|]+) \|", (ROOT / "docs/dependencies.md").read_text(), re.M)
+    return {normalized(name) for row in rows for name in re.findall(r"`([\w.-]+)", row)}
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    return {normalized(name): version for name, _, version in (line.partition("==") for line in lines)}
+
+
+NOT_DECLARED = {"kronfluence", "boto3"}  # docs/dependencies.md says why
+
+
+def test_docs_explain_every_dependency_and_no_other() -> None:
+    assert documented_dependencies() == declared_dependencies() | NOT_DECLARED
+
+
+def test_constraints_pin_every_dependency_to_one_version_for_cpu_and_gpu_alike() -> None:
+    versions = pins()
+    assert declared_dependencies() | NOT_DECLARED <= versions.keys()
+    assert [name for name, version in versions.items() if not re.fullmatch(r"[\w.]+", version)] == [], "name==version, no local version"
+
+
+@pytest.mark.parametrize("name", ["torchvision", "torchaudio"])
+def test_constraints_leave_out_what_breaks_transformers_beside_a_cpu_build_of_torch(name: str) -> None:
+    assert name not in pins()
