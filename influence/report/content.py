@@ -1,5 +1,4 @@
-"""From a report's plain JSON to what the page holds: `pages` for the template (text, in order, escaped there) and `data` for the
-diagrams (numbers, packed).
+"""From a report's plain JSON to what the page holds: text for the template, which escapes it, and numbers for the diagrams.
 
 Knows nothing of HTML. The hundreds of thousands of scores by token and by layer travel in two characters each (see `packed`), which
 is what keeps a large report small; all others are numbers.
@@ -16,7 +15,7 @@ _BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _LEVELS = 2047
 _DECADES = 5
 _TAIL_POINTS = 64
-_HISTORY = 90  # characters of a prompt that the table of contents shows
+_BRIEF = 90  # characters of a prompt that the table of contents shows
 _MODULES = 10  # kinds of module are split into modules up to this many
 _PARTS = ("heading", "helped", "hurt", "layers", "training-set", "trust")  # anchors the template makes in every query
 
@@ -67,7 +66,6 @@ def _query(query: Mapping[str, Any], number: int, taken: set[str]) -> tuple[dict
     names = layer_names.in_model_order(layer for result in results for layer in result.get("layers") or {})
     question, probabilities = _asked(asked, where)
     spread = _distribution(query.get("distribution"), where)
-    largest = max((abs(column["score"]) for column in columns), default=0.0)
     page = {
         **question,
         "name": name,
@@ -75,7 +73,6 @@ def _query(query: Mapping[str, Any], number: int, taken: set[str]) -> tuple[dict
         "unit": unit,
         "helped": [page for page, _ in shown["helped"]],
         "hurt": [page for page, _ in shown["hurt"]],
-        "largest": largest,
         "has_tokens": any("widths" in column for column in columns),
         "has_layers": bool(names and columns),
         "has_blocks": any(layer_names.take_apart(layer).block is not None for layer in names),
@@ -126,8 +123,8 @@ def _asked(asked: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[s
     page = {
         "prompt": prompt,
         "completion": completion,
-        "brief_prompt": ("…" if len(prompt) > _HISTORY else "") + prompt[-_HISTORY:],
-        "brief_completion": completion[:_HISTORY] + ("…" if len(completion) > _HISTORY else ""),
+        "brief_prompt": ("…" if len(prompt) > _BRIEF else "") + prompt[-_BRIEF:],
+        "brief_completion": completion[:_BRIEF] + ("…" if len(completion) > _BRIEF else ""),
         "log_probability": None if total is None else words.number(_finite(total, where)),
         "per_token": None if total is None or not number_counted else words.number(math.exp(min(0.0, total / number_counted))),
         "num_counted": number_counted,

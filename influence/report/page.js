@@ -84,16 +84,24 @@
 
   const tips = new WeakMap(); // element -> function giving the lines of its tooltip
   let pinned = false;
+  let placeTip = () => {};
 
-  function showTip(lines, rectangle, say) {
+  // `where()` gives the rectangle that the tooltip belongs to; it is asked again when the page scrolls.
+  function showTip(lines, where, say) {
     tip.replaceChildren(...lines.map((line, i) => html("div", {}, i || line instanceof Node ? line : html("b", {}, line))));
     tip.hidden = false;
+    placeTip = () => putTip(where());
+    placeTip();
+    if (say) spoken.textContent = lines.map((line) => (line instanceof Node ? line.textContent : line)).join(", ");
+  }
+
+  function putTip(rectangle) {
+    if (rectangle.bottom < 0 || rectangle.top > innerHeight) return hideTip();
     const { width, height } = tip.getBoundingClientRect();
     const above = rectangle.top - height - 8;
     const top = above >= 4 ? above : Math.min(rectangle.bottom + 8, innerHeight - height - 4);
     const left = clamp(rectangle.left + rectangle.width / 2 - width / 2, 8, Math.max(8, document.documentElement.clientWidth - width - 8));
     tip.style.transform = `translate(${Math.round(left)}px, ${Math.round(top)}px)`;
-    if (say) spoken.textContent = lines.map((line) => (line instanceof Node ? line.textContent : line)).join(", ");
   }
 
   function hideTip() {
@@ -106,16 +114,16 @@
     return null;
   }
 
-  // The part of a wrapped token that the pointer is on, not the box around all its lines.
-  function rectangleAt(element, x, y) {
-    const rectangles = [...element.getClientRects()];
-    return rectangles.find((r) => x >= r.left && x <= r.right && y >= r.top && y <= r.bottom) || rectangles[0] || element.getBoundingClientRect();
+  // The line of a wrapped token that the pointer is on, not the box around all its lines.
+  function lineAt(element, x, y) {
+    const line = Math.max(0, [...element.getClientRects()].findIndex((r) => x >= r.left && x <= r.right && y >= r.top && y <= r.bottom));
+    return () => element.getClientRects()[line] || element.getBoundingClientRect();
   }
 
   document.addEventListener("pointerover", (event) => {
     if (event.pointerType === "touch" || pinned) return;
     const element = tipped(event.target);
-    if (element) showTip(tips.get(element)(), rectangleAt(element, event.clientX, event.clientY));
+    if (element) showTip(tips.get(element)(), lineAt(element, event.clientX, event.clientY));
     else if (!tip.contains(event.target)) hideTip();
   });
   document.addEventListener("click", (event) => {
@@ -123,49 +131,34 @@
     const element = tipped(event.target);
     hideTip();
     if (!element) return;
-    showTip(tips.get(element)(), rectangleAt(element, event.clientX, event.clientY));
+    showTip(tips.get(element)(), lineAt(element, event.clientX, event.clientY));
     pinned = true;
   });
   document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
-  addEventListener("scroll", () => !tip.hidden && hideTip(), { passive: true });
+  addEventListener("scroll", () => !tip.hidden && placeTip(), { passive: true, capture: true });
 
-  // Arrow keys step through the items of a container that can hold the focus. `items()` gives elements, or, with `place` given, anything.
-  function walk(container, items, { stride = 0, show, mark = () => {}, enter = () => {} }) {
+  // Arrow keys step through the elements of a container that can hold the focus, showing and saying the tooltip of each.
+  function walk(container, elements) {
     let at = -1;
+    const mark = (on) => elements()[at]?.classList.toggle("at", on);
     container.tabIndex = 0;
-    const go = (to) => {
-      const all = items();
-      if (!all.length) return;
-      mark(all[at], false);
-      at = clamp(to, 0, all.length - 1);
-      mark(all[at], true);
-      show(all[at]);
-    };
     container.addEventListener("keydown", (event) => {
-      if (event.target !== container || event.altKey || event.ctrlKey || event.metaKey) return;
-      const steps = { ArrowRight: 1, ArrowLeft: -1, ...(stride ? { ArrowDown: stride, ArrowUp: -stride } : {}) };
-      if (event.key in steps) {
-        event.preventDefault();
-        const to = at + steps[event.key];
-        if (at < 0) go(0);
-        else if (to >= 0 && to < items().length) go(to);
-      } else if (event.key === "Enter" && at >= 0) enter(items()[at]);
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step || event.target !== container || event.altKey || event.ctrlKey || event.metaKey) return;
+      event.preventDefault();
+      const all = elements();
+      if (!all.length) return;
+      mark(false);
+      at = at < 0 ? 0 : clamp(at + step, 0, all.length - 1);
+      mark(true);
+      const element = all[at];
+      element.scrollIntoView({ block: "nearest", inline: "nearest" });
+      showTip(tips.get(element)(), () => element.getBoundingClientRect(), true);
     });
     container.addEventListener("blur", () => {
-      mark(items()[at], false);
+      mark(false);
       at = -1;
       hideTip();
-    });
-  }
-
-  function walkElements(container, items) {
-    walk(container, items, {
-      mark: (element, on) => element && element.classList.toggle("at", on),
-      show: (element) => {
-        element.scrollIntoView({ block: "nearest", inline: "nearest" });
-        // Scrolling hides the tooltip one frame later; shown after that, it stays.
-        requestAnimationFrame(() => requestAnimationFrame(() => showTip(tips.get(element)(), element.getBoundingClientRect(), true)));
-      },
     });
   }
 
@@ -251,7 +244,7 @@
     const own = largest([...scores]);
     paragraph.setAttribute("role", "group");
     paragraph.setAttribute("aria-label", `Text of ${column.id}; arrow keys step through the scores of its tokens`);
-    walkElements(paragraph, () => [...paragraph.querySelectorAll(".t")]);
+    walk(paragraph, () => [...paragraph.querySelectorAll(".t")]);
     if (!short) return null;
     article.append(strip(scores, own, first, last));
     const button = html("button", { type: "button", class: "more", "aria-expanded": "false" });
@@ -312,7 +305,7 @@
     fill(from);
     paragraph.setAttribute("role", "group");
     paragraph.setAttribute("aria-label", "The query; arrow keys step through its tokens");
-    walkElements(paragraph, () => [...paragraph.querySelectorAll(".t")]);
+    walk(paragraph, () => [...paragraph.querySelectorAll(".t")]);
     if (!from) return;
     const button = html("button", { type: "button", class: "more all" }, `Show all ${pieces.length.toLocaleString("en")} tokens of the query`);
     button.addEventListener("click", () => { fill(0); button.remove(); });
@@ -434,7 +427,7 @@
     };
     const put = (column, row) => {
       for (const [key, value] of Object.entries({ x: x(column) - 0.5, y: y[row] - 0.5, width: cell, height: rowHeight + (inset ? 0 : 1), visibility: "visible" })) cursor.setAttribute(key, value);
-      return cursor.getBoundingClientRect();
+      return () => cursor.getBoundingClientRect();
     };
     const find = (event) => {
       const frame = picture.getBoundingClientRect();
@@ -448,8 +441,10 @@
     };
     const reveal = (hit, touch) => {
       if (hit.column === undefined) {
-        const frame = picture.getBoundingClientRect();
-        showTip([names[hit.row], `${signed(sums[hit.row][0])} and ${signed(sums[hit.row][1])} ${query.unit} over the sequences`], new DOMRect(frame.left + zero - 2, frame.top + y[hit.row], 4, rowHeight));
+        showTip([names[hit.row], `${signed(sums[hit.row][0])} and ${signed(sums[hit.row][1])} ${query.unit} over the sequences`], () => {
+          const frame = picture.getBoundingClientRect();
+          return new DOMRect(frame.left + zero - 2, frame.top + y[hit.row], 4, rowHeight);
+        });
       } else showTip(lines(hit.column, hit.row, touch), put(hit.column, hit.row));
     };
     picture.addEventListener("pointermove", (event) => {
@@ -483,9 +478,9 @@
         at.row = clamp(at.row + step[1], 0, rows - 1);
       }
       container.scrollLeft = clamp(container.scrollLeft, x(at.column) + cell + gutter - container.clientWidth, x(at.column));
-      put(at.column, at.row);
+      const where = put(at.column, at.row);
       cursor.scrollIntoView({ block: "nearest", inline: "nearest" });
-      requestAnimationFrame(() => requestAnimationFrame(() => showTip(lines(at.column, at.row, false), cursor.getBoundingClientRect(), true)));
+      showTip(lines(at.column, at.row, false), where, true);
     };
     container.onblur = (event) => {
       if (tip.contains(event.relatedTarget)) return; // on its way to the link in the tooltip
@@ -537,7 +532,7 @@
     container.dataset.walk = "yes";
     container.setAttribute("role", "group");
     container.setAttribute("aria-label", `${description}; arrow keys step through the values`);
-    walkElements(container, () => [...container.querySelectorAll(".hit")]);
+    walk(container, () => [...container.querySelectorAll(".hit")]);
   }
 
   function niceStep(span, count) {
@@ -685,8 +680,11 @@
     const most = largest([...cells, ...query.columns.map((column) => column.score)]);
     const exponent = most ? Math.floor(Math.log10(most)) : 0;
     const power = exponent < -1 || exponent > 3 ? exponent : 0;
-    const write = (v) => (v === 0 ? "0" : (v < 0 ? "−" : "+") + (Math.abs(v) / 10 ** power).toFixed(4));
-    const value = (v) => html("td", { class: v < 0 ? "n minus" : v > 0 ? "n plus" : "n" }, write(v));
+    const value = (v) => {
+      const digits = (Math.abs(v) / 10 ** power).toFixed(4);
+      if (Number(digits) === 0) return html("td", { class: "n" }, digits);
+      return html("td", { class: v < 0 ? "n minus" : "n plus" }, (v < 0 ? "−" : "+") + digits);
+    };
     const head = html("tr", {}, html("th", { scope: "col" }, `Layer (${inUnit(query.unit, power)})`), ...query.columns.map((c) => {
       const cell = html("th", { scope: "col" }, html("a", { href: `#${c.anchor}` }, `${c.side === "helped" ? "helped" : "hurt"} ${c.rank}`));
       cell.title = c.id;

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from influence.report import spelling
 from influence.report.content import content
 
 LIMIT_BYTES = 2_000_000
@@ -32,7 +33,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     queries, data = content(report)
     style, script = _resource("page.css"), _resource("page.js")
     environment = Environment(
-        loader=BaseLoader(), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=BaseLoader(), autoescape=True, finalize=_visible, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["text"] = _text
     page = environment.from_string(re.sub(r"(?m)^ +", "", _resource("page.html"))).render(
@@ -60,6 +61,11 @@ def embeddable(data: Any) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def _visible(value: Any) -> Any:
+    """What the template prints, with no control character or half of a surrogate pair left in any string of the caller's."""
+    return spelling.shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _text(text: str) -> Markup:

@@ -66,7 +66,7 @@ def tail_share(tail: Sequence[Sequence[float]], fraction: float) -> float | None
 def tail_sentence(distribution: Mapping[str, Any]) -> str:
     """`The top 1% of sequences (20 of 2,000) carry 34% of the positive influence; the top 10% carry 71%.` Empty when unknown."""
     tail, total = distribution.get("tail") or [], distribution.get("num_sequences")
-    said = []
+    said: list[str] = []
     for fraction in (0.01, 0.1):
         share = tail_share(tail, fraction)
         if share is None:
