@@ -46,15 +46,15 @@ def read_layers(directory: Path) -> Coverage:
 
 
 def write_covariances(directory: Path, covariances: Mapping[str, Covariance]) -> None:
-    counts = {name: str(part.num_positions) for name, part in covariances.items()}
+    counts = {name: part.num_positions for name, part in covariances.items()}
     _save({name: part.total for name, part in covariances.items()}, directory / "covariances.safetensors", counts)
 
 
 def read_covariance(directory: Path, name: str) -> Covariance | None:
     """The partial sum of one covariance; None when this part of the data held no sequence to fit on."""
     with safe_open(directory / "covariances.safetensors", framework="pt") as file:
-        counts = file.metadata() or {}
-        return Covariance(total=file.get_tensor(name), num_positions=int(counts[name])) if name in counts else None
+        counts = _counts(file)
+        return Covariance(total=file.get_tensor(name), num_positions=counts[name]) if name in counts else None
 
 
 def write_eigenbasis(directory: Path, basis: Eigenbasis, dtype: torch.dtype) -> None:
@@ -68,14 +68,13 @@ def read_eigenvectors(directory: Path) -> torch.Tensor:
 
 
 def write_eigenvalues(directory: Path, sums: Mapping[str, EigenvalueSum]) -> None:
-    counts = {name: str(part.num_sequences) for name, part in sums.items()}
+    counts = {name: part.num_sequences for name, part in sums.items()}
     _save({name: part.total for name, part in sums.items()}, directory / "eigenvalues.safetensors", counts)
 
 
 def read_eigenvalues(directory: Path) -> dict[str, EigenvalueSum]:
     with safe_open(directory / "eigenvalues.safetensors", framework="pt") as file:
-        counts = file.metadata() or {}
-        return {name: EigenvalueSum(total=file.get_tensor(name), num_sequences=int(count)) for name, count in counts.items()}
+        return {name: EigenvalueSum(total=file.get_tensor(name), num_sequences=count) for name, count in _counts(file).items()}
 
 
 def write_factors(directory: Path, factors: Mapping[str, LayerFactors]) -> None:
@@ -108,6 +107,12 @@ def read_factors(
         }
 
 
-def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    # An empty file of tensors is valid, and metadata without entries must be None.
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(sorted(metadata.items())) or None)
+def _save(tensors: Mapping[str, torch.Tensor], path: Path, counts: Mapping[str, int]) -> None:
+    """Equal content gives equal bytes: the counts are one entry of the file's metadata, for safetensors writes several in random order."""
+    metadata = {"counts": json.dumps(counts, sort_keys=True)} if counts else None
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+
+def _counts(file: Any) -> dict[str, int]:
+    counts: dict[str, int] = json.loads((file.metadata() or {}).get("counts", "{}"))
+    return counts

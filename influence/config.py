@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ekfac import Damping
 from influence.errors import RequestError
@@ -22,7 +22,7 @@ def parse_bytes(value: object) -> object:
     """Bytes from a number or from text such as "16GiB"; anything else is left for pydantic to refuse."""
     if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)):
         unit = (match[2] or "B").upper()
-        if unit in _UNITS:
+        if unit in _UNITS and match[1].count(".") <= 1 and match[1] != ".":
             return int(float(match[1]) * _UNITS[unit])
     return value
 
@@ -93,6 +93,10 @@ def _parse_damping(value: object) -> object:
     return value
 
 
+def _kind_of_damping(value: object) -> str:
+    return "AbsoluteDamping" if isinstance(value, dict | AbsoluteDamping) else "float"
+
+
 class FactorsConfig(Section):
     """The EK-FAC factors."""
 
@@ -100,9 +104,11 @@ class FactorsConfig(Section):
     sequences: int | None = Field(
         None, ge=1, description="how many sequences, chosen by hash of their ids, the factors are fitted on; all when left out"
     )
-    damping: Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | AbsoluteDamping, BeforeValidator(_parse_damping)] = Field(
-        0.1, description="relative to each layer's mean corrected eigenvalue; or {absolute: value}, as an option absolute:value"
-    )
+    damping: Annotated[
+        Annotated[float, Field(ge=0, allow_inf_nan=False), Tag("float")] | Annotated[AbsoluteDamping, Tag("AbsoluteDamping")],
+        Discriminator(_kind_of_damping),
+        BeforeValidator(_parse_damping),
+    ] = Field(0.1, description="relative to each layer's mean corrected eigenvalue; or {absolute: value}, as an option absolute:value")
     seed: int = Field(0, ge=0, description="seed of the labels drawn from the model")
 
     @property
@@ -170,11 +176,13 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     raw = _read_yaml(path) if path else {}
     for key, value in overrides.items():
         section, name = key.split(".", 1)
-        raw[section] = {**(raw.get(section) or {}), name: value}
+        if isinstance(raw.get(section) or {}, dict):  # anything else is refused below
+            raw[section] = {**(raw.get(section) or {}), name: value}
+    source = f"{path or ''}{' with ' if path and overrides else ''}{'the given options' if overrides or not path else ''}"
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise RequestError(f"{path or 'the given options'}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise RequestError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
     return _with_resolved_paths(config)
 
 
@@ -218,8 +226,8 @@ def _known_keys(place: list[str]) -> list[str]:
 def _with_resolved_paths(config: Config) -> Config:
     """Local paths made absolute, so that a worker in another directory reads the same files."""
     model = config.model
-    if Path(model.name).is_dir():
-        model = model.model_copy(update={"name": str(Path(model.name).resolve())})
+    if Path(model.name).is_dir() or model.name.startswith((".", "~")):
+        model = model.model_copy(update={"name": str(Path(model.name).expanduser().resolve())})
     files = [_absolute(name) for name in config.data.files]
     run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
     return config.model_copy(update={"model": model, "data": config.data.model_copy(update={"files": files}), "run": run})

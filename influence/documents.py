@@ -8,6 +8,9 @@ import glob
 import gzip
 import hashlib
 import json
+import math
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +67,18 @@ def _document(row: Row, number: int, source: str, config: DataConfig) -> Documen
             raise RequestError(f"{place}: no column {column!r}; there are: {', '.join(sorted(map(str, row)))}")
         if not isinstance(row[column], str):
             raise RequestError(f"{place}: column {column!r} holds {type(row[column]).__name__}, expected text")
-        return str(row[column])
+        return _encodable(row[column], column, place)
 
     missing = [column for column in config.metadata if column not in row]
     if missing:
         raise RequestError(f"{place}: no column {missing[0]!r} for metadata; there are: {', '.join(sorted(map(str, row)))}")
-    identifier = str(row[config.id]) if row.get(config.id) is not None else str(number)
-    metadata = {column: _plain(row[column]) for column in config.metadata}
+    identifier = _encodable(str(row[config.id]), config.id, place) if row.get(config.id) is not None else str(number)
+    metadata = {column: _plain(row[column], column, place) for column in config.metadata}
     text = prompt = completion = ids = None
     if config.input_ids is not None:
-        ids = _token_ids(row.get(config.input_ids), config.input_ids, place)
+        if config.input_ids not in row:
+            raise RequestError(f"{place}: no column {config.input_ids!r}; there are: {', '.join(sorted(map(str, row)))}")
+        ids = _token_ids(row[config.input_ids], config.input_ids, place)
     elif config.prompt is not None and config.completion is not None:
         prompt, completion = text_of(config.prompt), text_of(config.completion)
     else:
@@ -92,9 +97,24 @@ def _token_ids(value: Any, column: str, place: str) -> list[int]:
     return value
 
 
-def _plain(value: Any) -> Any:
-    """A JSON value: dates and the like become text."""
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+def _encodable(text: str, column: str, place: str) -> str:
+    """JSON can spell half a character (such as "\\ud83d" alone), which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{place}: column {column!r} holds half a character ({text[error.start]!r}, a lone surrogate) at {error.start}: repair the text"
+        ) from None
+    return text
+
+
+def _plain(value: Any, column: str, place: str) -> Any:
+    """A JSON value: dates and the like become text, and NaN, which JSON does not have and tables write for "missing", null."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return _encodable(str(value), column, place)
 
 
 def _sources(config: DataConfig) -> Iterator[tuple[str, Iterator[Row]]]:
@@ -137,8 +157,12 @@ def _paths(config: DataConfig) -> list[Path]:
 
 
 def _inside(directory: Path) -> list[Path]:
-    """The files of a directory that `Dataset.save_to_disk` wrote."""
-    files = sorted(directory.glob("*.arrow"))
+    """The files of a directory that `Dataset.save_to_disk` wrote: those its state.json lists, for caches of later work lie beside them."""
+    try:
+        listed = json.loads((directory / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        files = [directory / file["filename"] for file in listed]
+    except (OSError, ValueError, KeyError, TypeError):
+        files = sorted(directory.glob("*.arrow"))
     if not files:
         raise RequestError(f"{directory} is a directory without .arrow files; name files or a glob such as {directory}/*.jsonl")
     return files
@@ -149,6 +173,10 @@ def _reader(path: Path) -> Callable[[Path, DataConfig], Iterator[Row]]:
     if suffix not in _READERS:
         raise RequestError(f"{path}: files of type {suffix or '(none)'} are not read; known are {', '.join(_READERS)}, gzipped or not")
     return _READERS[suffix]
+
+
+# What reading a file can meet that is not UTF-8, not gzip, cut short or damaged.
+_UNREADABLE = (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error)
 
 
 def _open_text(path: Path) -> IO[str]:
@@ -169,12 +197,13 @@ def _jsonl(path: Path, _: DataConfig) -> Iterator[Row]:
                 yield row
         except json.JSONDecodeError as error:
             raise RequestError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except _UNREADABLE as error:
             raise RequestError(f"{path} cannot be read as text: {error}") from None
 
 
 def _csv(path: Path, _: DataConfig) -> Iterator[Row]:
     delimiter = "\t" if ".tsv" in path.suffixes else ","
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the module's own limit of 128 KiB is shorter than many documents
     with _open_text(path) as stream:
         try:
             reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
@@ -182,7 +211,7 @@ def _csv(path: Path, _: DataConfig) -> Iterator[Row]:
                 if None in row or None in row.values():
                     raise RequestError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or [])} columns")
                 yield dict(row)
-        except (csv.Error, UnicodeDecodeError) as error:
+        except (csv.Error, *_UNREADABLE) as error:
             raise RequestError(f"{path} is not valid csv: {error}") from None
 
 
@@ -196,8 +225,8 @@ def _text(path: Path, config: DataConfig) -> Iterator[Row]:
             else:
                 pieces = iter([stream.read()])
             yield from ({config.text: piece} for piece in pieces if piece.strip())
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{path} is not UTF-8 text: {error}") from None
+        except _UNREADABLE as error:
+            raise RequestError(f"{path} cannot be read as text: {error}") from None
 
 
 def _parquet(path: Path, _: DataConfig) -> Iterator[Row]:
@@ -205,7 +234,7 @@ def _parquet(path: Path, _: DataConfig) -> Iterator[Row]:
         with pa.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise RequestError(f"{path} is not a whole parquet file: {error}") from None
 
 
@@ -220,7 +249,7 @@ def _arrow(path: Path, _: DataConfig) -> Iterator[Row]:
                 stream = (file.get_batch(number) for number in range(file.num_record_batches))
             for batch in stream:
                 yield from batch.to_pylist()
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise RequestError(f"{path} is not a whole arrow file: {error}") from None
 
 

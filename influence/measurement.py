@@ -61,6 +61,10 @@ def measure_tokens(tokenizer: Any, ids: list[int], *, longest: int | None = None
 
 
 def _query_sequence(tokenizer: Any, prompt: str, completion: str, span: tuple[int, int] | None, longest: int | None) -> TrainingSequence:
+    try:
+        (prompt + completion).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the query holds half a character at {error.start} (a lone surrogate), which no tokenizer takes") from None
     ids, inside = encode_pair(tokenizer, prompt, completion)
     counted = np.array(inside, dtype=np.bool_)
     counted[:1] = False
@@ -79,6 +83,8 @@ def _query_sequence(tokenizer: Any, prompt: str, completion: str, span: tuple[in
 
 
 def _checked(sequence: TrainingSequence, longest: int | None) -> TrainingSequence:
+    if len(sequence.tokens) == 0:
+        raise RequestError("the query has no tokens: there is nothing to explain")
     if not sequence.counted.any():
         raise RequestError("the query has no token to count: nothing comes before its only token; give a prompt, or a longer completion")
     if longest is not None and len(sequence.tokens) > longest:

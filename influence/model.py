@@ -3,9 +3,11 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from influence.config import ModelConfig
@@ -28,9 +30,11 @@ def load_model(config: ModelConfig) -> LanguageModel:
     """The model on the GPU when there is one. Raises RequestError when it cannot be found, is not causal or has weights that are not finite."""
     from transformers import AutoModelForCausalLM
 
+    if Path(config.name).is_absolute() and not Path(config.name).is_dir():
+        raise RequestError(f"there is no model directory at {config.name} (if it moved, --model says where it is now)")
     try:
         model = AutoModelForCausalLM.from_pretrained(config.name, revision=config.revision, dtype=getattr(torch, config.dtype))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RequestError(f"no causal language model can be loaded from {config.name!r}: {_first_line(error)}") from None
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -45,8 +49,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(f"no tokenizer can be loaded from {config.name!r}: {_first_line(error)}") from None
+    except Exception as error:  # the tokenizers library raises Exception itself for a file it does not understand
+        raise RequestError(
+            f"no tokenizer can be loaded from {config.name!r} (is its tokenizer.json whole?): {_first_line(error)}"
+        ) from None
     if not tokenizer.is_fast:
         raise RequestError(f"the tokenizer of {config.name!r} has no fast version, which is needed to tell where its tokens stand")
     return tokenizer
@@ -71,6 +77,11 @@ def longest_sequence(model: nn.Module) -> int | None:
     """How many positions the model knows, when its configuration says so."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return int(limit) if isinstance(limit, int) else None
+
+
+def embedded_tokens(model: Any) -> int:
+    """How many tokens the model has an embedding of."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _first_line(error: Exception) -> str:

@@ -153,9 +153,15 @@ class Run:
         return LexicalSearch(sequence.text for sequence in self.store)
 
     @cached_property
+    def measures_recall(self) -> bool:
+        """Whether training sequences serve as queries: some are wanted, and some can be, having a counted token to predict from another."""
+        can_be = self.store.summary["counted_tokens"] > len(self.store) > 1  # every sequence has one; whoever has two makes them more
+        return self.index_config.recall_queries > 0 and can_be
+
+    @cached_property
     def measured_recall(self) -> dict[str, Any]:
-        """What the recall stage measured: {"recall_at_10", "candidates", "queries"}, or {} when it was switched off."""
-        if self.index_config.recall_queries == 0:
+        """What the recall stage measured: {"recall_at_10", "candidates", "queries"}, or {} when there was nothing to measure it with."""
+        if not self.measures_recall:
             return {}
         found: dict[str, Any] = json.loads((self.path_of("recall") / "recall.json").read_text(encoding="utf-8"))
         return found
@@ -305,8 +311,18 @@ class Run:
         }
 
     def token_texts(self, tokens: NDArray[np.int32]) -> list[str]:
-        """Each token as text of its own."""
-        return [self.tokenizer.decode([int(token)]) for token in tokens]
+        """Each token as text of its own; a character that several tokens spell stands at the last of them."""
+        texts: list[str] = []
+        pending: list[int] = []
+        for token in tokens.tolist():
+            pending.append(token)
+            text = self.tokenizer.decode(pending)
+            if "\ufffd" in text and len(pending) < 4:  # UTF-8 spells a character in at most four bytes
+                texts.append("")
+            else:
+                texts.append(text)
+                pending = []
+        return texts
 
 
 @dataclass(frozen=True)

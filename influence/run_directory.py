@@ -76,15 +76,22 @@ class RunDirectory:
         if not isinstance(description, dict) or description.get("format") != FORMAT:
             version = description.get("format") if isinstance(description, dict) else None
             raise RequestError(f"{self.path} has run-directory format {version}, this version reads format {FORMAT}: use another directory")
+        missing = [key for key in ("settings", "fingerprints", "sources") if not isinstance(description.get(key), dict)]
+        if missing:
+            raise RequestError(f"{self.description_path} is damaged: it has no {missing[0]}")
         return description
 
-    def create(self, description: Mapping[str, Any]) -> None:
+    def create(self, description: Mapping[str, Any], stage_fingerprints: Callable[[Mapping[str, Any]], Mapping[str, str]]) -> None:
         """Writes run.json, or checks that the one that is there has the same settings and fingerprints.
 
-        Places ("sources") may differ: a model or data set that moved is still the same. Raises RequestError naming the first thing that differs.
+        Places ("sources") may differ: a model or data set that moved is still the same. Settings and data may change as long as everything
+        that is done would be done again just so (`stage_fingerprints` tells), such as after a first attempt that found a broken line.
+        Raises RequestError naming the first thing that differs.
         """
         description = {"format": FORMAT, **description}
         if not self.description_path.exists():
+            if self.path.exists() and not self.path.is_dir():
+                raise RequestError(f"{self.path} is a file: the run directory must be a directory, or not there yet")
             self.path.mkdir(parents=True, exist_ok=True)
             foreign = [name for name in STAGES if (self.path / name).exists()]
             if foreign:
@@ -94,11 +101,24 @@ class RunDirectory:
         found = self.describe()
         fixed = ("format", "settings", "fingerprints")
         differences = _differences({key: found.get(key) for key in fixed}, {key: description.get(key) for key in fixed})
-        for key, (before, now) in sorted(differences.items()):
-            raise RequestError(
-                f"{self.path} was made with {key} = {_short(before)}, and this run has {_short(now)}: "
-                "take a new run directory, or restore what the run was made from"
-            )
+        if not differences:
+            if found["sources"] != description["sources"]:
+                with self.exclusive():
+                    write_json(self.description_path, description)
+            return
+        before, now = stage_fingerprints(found), stage_fingerprints(description)
+        if all(before[stage] == now[stage] for stage in STAGES if self._has_units(stage)):
+            with self.exclusive():
+                write_json(self.description_path, description)
+            return
+        key, (made_with, wanted) = min(differences.items())
+        raise RequestError(
+            f"{self.path} was made with {key} = {_short(made_with)}, and this run has {_short(wanted)}: "
+            "take a new run directory, or restore what the run was made from"
+        )
+
+    def _has_units(self, stage: str) -> bool:
+        return any((self.path / stage).glob("[!.]*"))
 
     # units of work
 
@@ -112,8 +132,8 @@ class RunDirectory:
             return False
         try:
             record = json.loads((path / "record.json").read_text(encoding="utf-8"))
-            files, made_from = dict(record["files"]), record["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):
+            files, made_from = {name: int(facts["bytes"]) for name, facts in record["files"].items()}, record["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise RequestError(
                 f"{path} is damaged: its record.json is missing or unreadable; delete {path} to have it made again"
             ) from None
@@ -121,12 +141,11 @@ class RunDirectory:
             raise RequestError(
                 f"{path} was made from something else (its fingerprint is {made_from}, expected {fingerprint}); use a new run directory"
             )
-        for name, facts in files.items():
-            size = (path / name).stat().st_size if (path / name).exists() else None
-            if size != facts["bytes"]:
-                raise RequestError(
-                    f"{path / name} is damaged: {size} bytes, expected {facts['bytes']}; delete {path} to have it made again"
-                )
+        for name, expected in files.items():
+            size = (path / name).stat().st_size if (path / name).is_file() else None
+            if size != expected:
+                state = "is missing" if size is None else f"is damaged: {size:,} bytes"
+                raise RequestError(f"{path / name} {state}, expected {expected:,} bytes; delete {path} to have it made again")
         return True
 
     def verify(self, stage: str, unit: str) -> None:
@@ -204,7 +223,17 @@ class RunDirectory:
     def answers(self) -> list[dict[str, Any]]:
         """The kept answers, oldest first."""
         paths = sorted((self.path / "answers").glob("[!.]*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return [_read_answer(path) for path in paths]
+
+
+def _read_answer(path: Path) -> dict[str, Any]:
+    try:
+        answer = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(answer, dict) and isinstance(answer.get("query"), dict):
+            return answer
+    except ValueError:
+        pass
+    raise RequestError(f"{path} is damaged: it is not a kept answer; delete it and ask again")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -56,7 +56,8 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int]
 def tokenize(documents: Iterable[Document], tokenizer: Any, config: DataConfig) -> Iterator[TrainingSequence]:
     """Sequences of at most `config.sequence_length` tokens, in the order of the documents.
 
-    Their ids are the documents' ids, followed by `:chunk` where a document gives several; packed sequences are called `packed-<number>`.
+    Their ids are the documents' ids, followed by `:chunk` where a document gives several; packed sequences are called `packed-<number>`, and carry
+    the metadata of the first document in them beside the ids of all.
     """
     encoded = (item for group in _groups(documents, 256) for item in _encode(group, tokenizer, config))
     if config.documents == "pack":
@@ -121,11 +122,15 @@ def _never_first(counted: list[bool]) -> NDArray[np.bool_]:
 def _packed(encoded: Iterable[Encoded], tokenizer: Any, length: int) -> Iterator[TrainingSequence]:
     if tokenizer.eos_token_id is None:
         raise RequestError("documents: pack joins documents by the end-of-text token, and this tokenizer has none; take split or truncate")
-    stream = (
-        (token, count, document.id)
-        for document, ids, counted, _ in encoded
-        for token, count in [*zip(ids, counted, strict=True), (tokenizer.eos_token_id, True)]
-    )
+    known: dict[str, dict[str, Any]] = {}
+
+    def tokens_of_documents() -> Iterator[tuple[int, bool, str]]:
+        for document, ids, counted, _ in encoded:
+            known[document.id] = document.metadata
+            for token, count in [*zip(ids, counted, strict=True), (tokenizer.eos_token_id, True)]:
+                yield token, count, document.id
+
+    stream = tokens_of_documents()
     for number in range(2**62):
         piece = list(islice(stream, length))
         if not piece:
@@ -138,7 +143,7 @@ def _packed(encoded: Iterable[Encoded], tokenizer: Any, length: int) -> Iterator
             tokens=np.array(tokens, dtype=np.int32),
             counted=_never_first([count for _, count, _ in piece]),
             text=str(tokenizer.decode(tokens)),
-            metadata={"documents": sources},
+            metadata={**known[sources[0]], "documents": sources},
         )
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from datetime import date
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +20,12 @@ from typer.exceptions import TyperException
 
 from influence.config import load_config, parse_bytes
 from influence.errors import RequestError
-from influence.measurement import Measurement, measure_tokens
-from influence.model import longest_sequence
-from influence.result import InfluenceResult, report_page
+from influence.result import InfluenceResult
 from influence.run import QueryOptions, Run, open_run
+from jobs.answers import answer, answers_with_opponents, asked_before, keep_answers, measurements_of, writable_page, write_page
 from jobs.driver import run_all, stage_states
 from jobs.options import with_config_options
-from jobs.progress import bar, say
+from jobs.progress import say
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Which training examples made this model say that?"
@@ -48,25 +47,25 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; the same command goes on from here", 130)
     except TyperException as error:
-        if debug:
-            raise
-        _fail(" ".join(error.format_message().split()), error.exit_code)
+        if len(sys.argv) == 1:  # the message is the help, which has lines
+            say(error.format_message())
+            sys.exit(error.exit_code)
+        _fail(error.format_message(), error.exit_code)
     except RequestError as error:
-        if debug:
-            raise
-        _fail(" ".join(str(error).split()), 2)
+        _fail(str(error), 2, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing more to say
         sys.exit(0)
     except Exception as error:
-        if debug:
-            raise
-        _fail(f"{' '.join(str(error).split()) or 'no message'} ({type(error).__name__}; --debug shows where)", 1)
+        _fail(f"{str(error) or 'no message'} ({type(error).__name__}; --debug shows where)", 1, debug)
     sys.exit(status or 0)
 
 
-def _fail(message: str, status: int) -> None:
-    say(f"error: {message}")
+def _fail(message: str, status: int, debug: bool = False) -> None:
+    """Ends the process with the message as one line, below the traceback of what happened when `debug` asks for it."""
+    if debug:
+        traceback.print_exc()
+    say(f"error: {' '.join(message.split())}")
     sys.exit(status)
 
 
@@ -160,10 +159,9 @@ def query(
     """The most influential training sequences for a completion."""
     opened = _open(run, model, memory_budget)
     options = QueryOptions(k=k, opponents=opponents, exact=exact, layers=tuple(layers or ()), candidates=candidates, bm25=bm25)
-    asked = _measurements(opened, prompt, completion, contrast, span, queries)
-    results = _answer(opened, [measurement for _, measurement in asked], options)
-    for result in results:
-        opened.directory.keep_answer(result.id, result.to_json() | {"opponents_asked": opponents})
+    asked = measurements_of(opened, prompt, completion, contrast, span, queries)
+    results = answer(opened, [measurement for _, measurement in asked], options)
+    keep_answers(opened, results, opponents)
     if queries is not None and as_json:
         _print_json({"queries": [result.to_json() | {"id": name} for (name, _), result in zip(asked, results, strict=True)]})
     elif as_json:
@@ -195,9 +193,9 @@ def report(
     """
     opened = _open(run, model, memory_budget)
     nothing_asked = prompt is None and queries is None
-    asked = _asked_before(opened) if nothing_asked else _measurements(opened, prompt, completion, None, None, queries)
+    asked = asked_before(opened) if nothing_asked else measurements_of(opened, prompt, completion, None, None, queries)
+    page = writable_page(out or opened.directory.path / "report.html")
     answers = answers_with_opponents(opened, asked, k, exact)
-    page = out or opened.directory.path / "report.html"
     write_page(page, answers, opened)
     if as_json:
         _print_json({"report": str(page), "bytes": page.stat().st_size, "queries": answers})
@@ -206,104 +204,10 @@ def report(
 
 
 def _open(run: Path, model: str | None, memory_budget: str) -> Run:
-    budget = parse_bytes(memory_budget)
+    budget = parse_bytes(memory_budget)  # what is not a size comes back as it is
     if not isinstance(budget, int) or budget <= 0:
         raise RequestError(f"--memory-budget: {memory_budget!r} is not a size such as 4GiB")
     return open_run(run, model=model, memory_budget=budget)
-
-
-def _answer(run: Run, measurements: list[Measurement], options: QueryOptions) -> list[InfluenceResult]:
-    if not options.exact:
-        return run.answer(measurements, options)
-    with bar("exact scan") as progress:
-        return run.answer(measurements, options, progress.advance)
-
-
-def answers_with_opponents(run: Run, asked: list[tuple[str, Measurement]], k: int, exact: bool = False) -> list[dict[str, Any]]:
-    """Each query's answer as JSON, its opponents beside its proponents, as the report shows them."""
-    measurements = [measurement for _, measurement in asked]
-    helping = _answer(run, measurements, QueryOptions(k=k, exact=exact, bm25=True))
-    hurting = _answer(run, measurements, QueryOptions(k=k, exact=exact, bm25=True, opponents=True))
-    return [
-        for_.to_json() | {"id": name, "opponents": against.to_json()["results"]}
-        for (name, _), for_, against in zip(asked, helping, hurting, strict=True)
-    ]
-
-
-def write_page(path: Path, answers: list[dict[str, Any]], run: Run) -> None:
-    """The report as a file that appears whole or not at all."""
-    page = report_page(answers, run=run.directory.path.name, created=date.today().isoformat())
-    if not path.parent.is_dir():
-        raise RequestError(f"there is no directory {path.parent} to write the report to")
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(page, encoding="utf-8")
-        scratch.rename(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _asked_before(run: Run) -> list[tuple[str, Measurement]]:
-    asked = [(answer["id"], answer["query"]) for answer in run.directory.answers() if "contrast" not in answer["query"]]
-    if not asked:
-        raise RequestError(f"nothing was asked of {run.directory} yet: give a prompt and a completion, or --queries FILE")
-    unique = {(query["prompt"], query["completion"]): name for name, query in asked[-20:]}
-    return [(name, run.measure(prompt, completion)) for (prompt, completion), name in unique.items()]
-
-
-def _measurements(
-    run: Run, prompt: str | None, completion: str | None, contrast: str | None, span: str | None, queries: Path | None
-) -> list[tuple[str, Measurement]]:
-    if queries is not None:
-        if prompt is not None or contrast is not None or span is not None:
-            raise RequestError("give a prompt and completion (with --contrast or --span), or --queries FILE, not both")
-        return [(name, _measurement_of(run, item, place)) for name, item, place in _read_queries(queries)]
-    if prompt is None or completion is None:
-        raise RequestError("give PROMPT and COMPLETION, or --queries FILE")
-    return [("query", run.measure(prompt, completion, contrast=contrast, span=_parse_span(span)))]
-
-
-def _parse_span(span: str | None) -> tuple[int, int] | None:
-    if span is None:
-        return None
-    first, colon, last = span.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal()):
-        raise RequestError(f"--span: expected two token numbers such as 0:3, got {span!r}")
-    return int(first), int(last)
-
-
-def _read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-        if not isinstance(item, dict):
-            raise RequestError(f"{path}, line {number}: expected a JSON object")
-        found.append((str(item.get("id", number)), item, f"{path}, line {number}"))
-    if not found:
-        raise RequestError(f"{path} holds no query")
-    return found
-
-
-def _measurement_of(run: Run, item: dict[str, Any], place: str) -> Measurement:
-    try:
-        if isinstance(item.get("input_ids"), list):
-            return measure_tokens(run.tokenizer, item["input_ids"], longest=longest_sequence(run.language_model.model))
-        if isinstance(item.get("text"), str):
-            return run.measure("", item["text"])
-        if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
-            return run.measure(item["prompt"], item["completion"])
-    except RequestError as error:
-        raise RequestError(f"{place}: {error}") from None
-    raise RequestError(f"{place}: expected prompt and completion, or text, or input_ids; got {', '.join(item) or 'nothing'}")
 
 
 # what people see
@@ -342,10 +246,9 @@ def _status(run: Run) -> dict[str, Any]:
 
 def _print_status(run: Run) -> None:
     status = _status(run)
-    console = Console()
-    table = Table(
-        "stage", "done", "of", title=f"{status['run']}: {'finished' if status['finished'] else 'not finished'}", title_justify="left"
-    )
+    console = Console(markup=False, highlight=False, soft_wrap=True)  # a path may hold brackets, and must stay in one piece
+    console.print(f"{status['run']}: {'finished' if status['finished'] else 'not finished'}")
+    table = Table("stage", "done", "of")
     for name, state in status["stages"].items():
         table.add_row(name, str(state["done"]), "?" if state["total"] is None else str(state["total"]))
     console.print(table)
@@ -368,7 +271,7 @@ def _print_status(run: Run) -> None:
 
 
 def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
-    console = Console()
+    console = Console(markup=False, highlight=False)
     query, provenance = result.query, result.provenance
     console.print(Text(f"{query['prompt']}", style="dim") + Text(query["completion"], style="bold"))
     console.print(f"log-probability {query['log_probability']:.3f} nats", style="dim")

@@ -33,17 +33,18 @@ def run_all(config: Config) -> Run:
             _do_stage(stage, units, missing, run, executor)
         left_out = run.store.summary["num_left_out"]
         if left_out:
-            names = ", ".join(run.store.summary["left_out"][:3])
-            say(
-                f"left out {left_out} sequences without a counted token (nothing in them is predicted): {names}{', …' if left_out > 3 else ''}"
-            )
+            names = ", ".join(run.store.summary["left_out"][:3]) + (", …" if left_out > 3 else "")
+            noun = "sequence" if left_out == 1 else "sequences"
+            say(f"left out {left_out} {noun} without a counted token (nothing in them is predicted): {names}")
     return run
 
 
 def _executor(config: Config, run: Run, stack: ExitStack) -> Executor:
     if config.resources.workers == 0 and config.resources.address is None:
         return InThisProcess(run, config)
-    return OnRay(config, stack.enter_context(ray_cluster(config)))
+    on_ray = OnRay(config, stack.enter_context(ray_cluster(config)))
+    stack.callback(on_ray.close)
+    return on_ray
 
 
 def _do_stage(stage: Stage, units: Sequence[str], missing: Sequence[str], run: Run, executor: Executor) -> None:

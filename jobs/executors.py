@@ -62,14 +62,21 @@ class OnRay:
         import ray
 
         self._ray, self.config = ray, config
-        threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // num_workers)
-        options = {"num_cpus": threads, "num_gpus": config.resources.gpus_per_worker}
+        share = ray.cluster_resources().get("CPU", 1) / num_workers
+        threads = max(1, int(share))
+        # More workers than CPUs share them: asking for a whole one each would leave some waiting for ever.
+        options = {"num_cpus": min(share, threads), "num_gpus": config.resources.gpus_per_worker}
         self._new_worker: Any = ray.remote(Worker).options(**options)
         self._threads = threads
         self.workers: list[Any] = [self._start() for _ in range(num_workers)]
 
     def _start(self) -> Any:
         return self._new_worker.remote(self.config, self._threads)
+
+    def close(self) -> None:
+        """Ends the workers, and gives back what they held."""
+        for worker in self.workers:
+            self._ray.kill(worker)
 
     def do(self, stage: Stage, units: Sequence[str], done: Done) -> None:
         waiting = [(unit, 1) for unit in reversed(units)]

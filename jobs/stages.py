@@ -37,6 +37,7 @@ from indexing import encode_rows, feature_rows, recall, spread_gradients
 from influence.artifacts import (
     read_covariance,
     read_eigenvalues,
+    stage_fingerprints,
     write_covariances,
     write_eigenbasis,
     write_eigenvalues,
@@ -49,7 +50,7 @@ from influence.config import Config
 from influence.documents import data_fingerprint, read_documents
 from influence.errors import RequestError
 from influence.measurement import Measurement
-from influence.model import LanguageModel, load_model, longest_sequence, model_fingerprint, tokenizer_fingerprint
+from influence.model import LanguageModel, embedded_tokens, load_model, longest_sequence, model_fingerprint, tokenizer_fingerprint
 from influence.run import QueryOptions, Run
 from influence.run_directory import RunDirectory
 from influence.sequences import TrainingSequence, tokenize, write_sequences
@@ -78,6 +79,11 @@ def create_run(config: Config) -> None:
     limit = longest_sequence(loaded.model)
     if limit is not None and config.data.sequence_length > limit:
         raise RequestError(f"data.sequence_length is {config.data.sequence_length}, but the model has {limit} positions: lower it")
+    known = embedded_tokens(loaded.model)
+    if len(loaded.tokenizer) > known:
+        raise RequestError(
+            f"the tokenizer at {config.model.name} has {len(loaded.tokenizer)} tokens, but the model knows {known}: they do not belong together"
+        )
     RunDirectory(Path(config.run.dir)).create(
         {
             "settings": config.identity(),
@@ -87,7 +93,8 @@ def create_run(config: Config) -> None:
                 "data": data,
             },
             "sources": {"model": config.model.name, "revision": config.model.revision, "files": config.data.files},
-        }
+        },
+        stage_fingerprints,
     )
 
 
@@ -132,6 +139,11 @@ def _layers(run: Run, config: Config, _: str) -> Write:
         coverage = attributable_layers(loaded.model, call, config.factors.patterns)
     except ValueError as error:
         raise RequestError(f"factors.layers: {error}") from None
+    smallest = 2 * len(coverage.layers)
+    if config.index.bytes_per_sequence < smallest:
+        raise RequestError(
+            f"index.bytes_per_sequence is {config.index.bytes_per_sequence}, but {len(coverage.layers)} layers need at least {smallest}: raise it"
+        )
     return lambda directory: write_layers(directory, coverage)
 
 
@@ -217,7 +229,7 @@ def recall_queries(run: Run) -> list[tuple[int, Measurement]]:
 
 
 def _scan_units(run: Run) -> Sequence[str]:
-    return run.shards if run.index_config.recall_queries else []
+    return run.shards if run.measures_recall else []
 
 
 def _scan(run: Run, _: Config, unit: str) -> Write:
@@ -228,7 +240,7 @@ def _scan(run: Run, _: Config, unit: str) -> Write:
 
 
 def _recall_units(run: Run) -> Sequence[str]:
-    return ["all"] if run.index_config.recall_queries else []
+    return ["all"] if run.measures_recall else []
 
 
 def _recall(run: Run, _: Config, unit: str) -> Write:

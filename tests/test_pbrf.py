@@ -1,8 +1,9 @@
 """Influence predicts what happens: scores against the proximal Bregman response function, solved directly.
 
 One more copy of a sequence z in a training set of N moves the parameters to the minimum of
-mean over sequences of KL(p_start ‖ p) + Σ_layers λ/2 ‖θ − θ_start‖² + (1/N) L(z, θ) (Grosse et al. 2023, section 2.1.1 and appendix C; for a softmax the
-Bregman divergence of the cross-entropy is this KL divergence). The change of a completion's log-probability there is what a score predicts.
+mean over sequences of KL(p_start ‖ p) + Σ_layers λ/2 ‖θ − θ_start‖² + (1/N) L(z, θ) (Grosse et al. 2023, section 2.1.1 and appendix C;
+for a softmax the Bregman divergence of the cross-entropy is this KL divergence). The change of a completion's log-probability
+there is what a score predicts.
 """
 
 from collections.abc import Iterator

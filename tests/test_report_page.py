@@ -87,7 +87,24 @@ def report(*queries: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def hostile_report() -> dict[str, Any]:
     """Every string a stranger can choose is an attack or a character that has broken a page before."""
-    odd = ["\x00", "\x7f", "\t", "\r", "a\r\nb", "\n\n", "", "\u202e", "\u2028", "שלום", "👩‍👩‍👧", "\ufffd", "\ud800", "&lt;", "<!--", "]]>"]
+    odd = [
+        "\x00",
+        "\x7f",
+        "\t",
+        "\r",
+        "a\r\nb",
+        "\n\n",
+        "",
+        "\u202e",
+        "\u2028",
+        "שלום",
+        "👩‍👩‍👧",
+        "\ufffd",
+        "\ud800",
+        "&lt;",
+        "<!--",
+        "]]>",
+    ]
     tokens = [[token, 0.001] for token in [HOSTILE, *odd]]
     result = {
         "rank": 1,
@@ -237,7 +254,9 @@ def test_report_without_queries_is_a_page() -> None:
 
 def test_twenty_queries_of_twenty_sequences_of_512_tokens_fit() -> None:
     # 96 layers, and English as byte-level vocabularies cut it: about 4.4 bytes a token.
-    layers = [f"transformer.h.{block}.{module}" for block in range(24) for module in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    layers = [
+        f"transformer.h.{block}.{module}" for block in range(24) for module in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
     draw = random.Random(0)
     vocabulary = [" the", ",", ".", " of", " and", " influence", " training", "ing", " harbour", " 1847", "\n", " was", " it's", " a"]
     vocabulary += [" water", " said"]
@@ -425,7 +444,14 @@ def chromium() -> Iterator[Any]:
         pytest.skip("needs Chromium: neither /usr/bin/chromium nor /usr/bin/google-chrome is there")
     from playwright.sync_api import sync_playwright
 
-    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    quiet = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
         yield browser
@@ -435,7 +461,9 @@ def chromium() -> Iterator[Any]:
 class Opened:
     """A report in a browser tab, with what the tab complained of and asked for."""
 
-    def __init__(self, browser: Any, folder: Path, given: dict[str, Any], *, width: int = 1200, fragment: str = "", touch: bool = False) -> None:
+    def __init__(
+        self, browser: Any, folder: Path, given: dict[str, Any], *, width: int = 1200, fragment: str = "", touch: bool = False
+    ) -> None:
         path = folder / "report.html"
         path.write_bytes(render_report(given).encode())
         self.tab = browser.new_context(viewport={"width": width, "height": 800}, has_touch=touch, is_mobile=touch).new_page()
@@ -486,7 +514,10 @@ def test_odd_tokens_keep_their_places(chromium: Any, tmp_path: Path) -> None:
     given = hostile_report()
     opened = Opened(chromium, tmp_path, given)
     tokens = [spelling.shown(token) for token, _ in given["queries"][0]["results"][0]["tokens"]]
-    assert opened.tab.locator("[data-query='0'] .sequences > li").first.locator(".t").evaluate_all("all => all.map(t => t.textContent)") == tokens
+    assert (
+        opened.tab.locator("[data-query='0'] .sequences > li").first.locator(".t").evaluate_all("all => all.map(t => t.textContent)")
+        == tokens
+    )
 
 
 @pytest.mark.browser

@@ -154,7 +154,10 @@ def _sequence(
         "score_text": words.signed(score),
         "text": "".join(texts) if tokens else spelling.shown(str(result.get("text") or "")),
         "metadata": [
-            (spelling.shown(str(key)), spelling.shown("none" if value is None else str(value) if isinstance(value, int) else words.plain(value)))
+            (
+                spelling.shown(str(key)),
+                spelling.shown("none" if value is None else str(value) if isinstance(value, int) else words.plain(value)),
+            )
             for key, value in (result.get("metadata") or {}).items()
         ],
         "bm25": "" if not lexical else "not found by BM25" if bm25 is None else f"BM25 rank {bm25:,}",
@@ -181,10 +184,7 @@ def _joined(parts: Sequence[tuple[str, int]]) -> list[list[int]]:
 
 
 def _sums(by_layer: list[dict[str, float]], names: list[str], group: Any) -> list[list[Any]]:
-    return [
-        [label, _short(positive), _short(negative)]
-        for label, positive, negative in layer_names.signed_sums(by_layer, names, group)
-    ]
+    return [[label, _short(positive), _short(negative)] for label, positive, negative in layer_names.signed_sums(by_layer, names, group)]
 
 
 def _by_kind(by_layer: list[dict[str, float]], names: list[str]) -> list[list[Any]]:

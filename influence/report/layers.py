@@ -13,7 +13,10 @@ _BLOCK = re.compile(r"(?:^|[./])(?:(?:layers?|blocks?|h)_)?(\d+)(?=[./]|$)")
 # The first pattern that matches wins, so attention's own output projection is not taken for an MLP's.
 _KINDS = (
     ("attention", re.compile(r"att(n|ention)|(^|[._/])([qkvo]_?proj|qkv|query|key|value)([._/]|$)", re.I)),
-    ("MLP", re.compile(r"mlp|ffn?([._/\d]|$)|feed_?forward|expert|(^|[._/])(c_)?fc\d?([._/]|$)|intermediate|dense|(gate|up|down)_proj", re.I)),
+    (
+        "MLP",
+        re.compile(r"mlp|ffn?([._/\d]|$)|feed_?forward|expert|(^|[._/])(c_)?fc\d?([._/]|$)|intermediate|dense|(gate|up|down)_proj", re.I),
+    ),
     ("embedding", re.compile(r"emb|(^|[._/])wt?[pt]e([._/]|$)", re.I)),
     ("normalisation", re.compile(r"norm|(^|[._/])ln", re.I)),
     ("head", re.compile(r"head|classifier|unembed", re.I)),

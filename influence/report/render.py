@@ -75,9 +75,7 @@ def _text(text: str) -> Markup:
 
 def _policy(style: str, script: str) -> str:
     """A Content-Security-Policy under which only this style and this script run and nothing is fetched."""
-    return (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; base-uri 'none'; form-action 'none'"
-    )
+    return f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def _digest(inline: str) -> str:

@@ -116,7 +116,9 @@ def _search(provenance: Mapping[str, Any]) -> str:
         if isinstance(candidates, int) and candidates == searched:
             return f"All {of} were scored in full, with nothing projected or compressed away."
         few = f"{candidates:,} candidates" if isinstance(candidates, int) else "candidates"
-        return f"A compressed index of {of} proposed {few}, which were then scored in full: the scores and their order are exact for EK-FAC."
+        return (
+            f"A compressed index of {of} proposed {few}, which were then scored in full: the scores and their order are exact for EK-FAC."
+        )
     if reranked in (None, False, "none", "no"):
         return f"Scores come from a compressed index of {of} and were not recomputed in full: read them as estimates."
     return f"A compressed index of {of} proposed candidates; they were reranked by “{plain(reranked)}”."

@@ -1,0 +1,130 @@
+"""Questions and answers as the command line and the demo exchange them: files of queries, kept answers, and report pages.
+
+Knows runs and files of queries; knows nothing of options or terminals.
+"""
+
+import json
+import os
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from influence.errors import RequestError
+from influence.measurement import Measurement, measure_tokens
+from influence.model import longest_sequence
+from influence.result import InfluenceResult, report_page
+from influence.run import QueryOptions, Run
+from jobs.progress import bar, say
+
+Asked = list[tuple[str, Measurement]]
+"""(id of the query, what is measured)."""
+
+
+def answer(run: Run, measurements: list[Measurement], options: QueryOptions) -> list[InfluenceResult]:
+    if not options.exact:
+        return run.answer(measurements, options)
+    with bar("exact scan") as progress:
+        return run.answer(measurements, options, progress.advance)
+
+
+def answers_with_opponents(run: Run, asked: Asked, k: int, exact: bool = False) -> list[dict[str, Any]]:
+    """Each query's answer as JSON, its opponents beside its proponents, as the report shows them."""
+    measurements = [measurement for _, measurement in asked]
+    helping = answer(run, measurements, QueryOptions(k=k, exact=exact, bm25=True))
+    hurting = answer(run, measurements, QueryOptions(k=k, exact=exact, bm25=True, opponents=True))
+    return [
+        for_.to_json() | {"id": name, "opponents": against.to_json()["results"]}
+        for (name, _), for_, against in zip(asked, helping, hurting, strict=True)
+    ]
+
+
+def write_page(path: Path, answers: list[dict[str, Any]], run: Run) -> None:
+    """The report as a file that appears whole or not at all."""
+    page = report_page(answers, run=run.directory.path.name, created=date.today().isoformat())
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(page, encoding="utf-8")
+        scratch.rename(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def writable_page(path: Path) -> Path:
+    """The path, checked before the work and not after it."""
+    if path.is_dir():
+        raise RequestError(f"--out: {path} is a directory; name the HTML file to write")
+    if not path.parent.is_dir():
+        raise RequestError(f"--out: there is no directory {path.parent} to write the report to; make it first")
+    return path
+
+
+def keep_answers(run: Run, results: list[InfluenceResult], opponents: bool) -> None:
+    """Keeps the answers for `influence report`. Where they cannot be kept, in a run that may only be read, they are still given."""
+    try:
+        for result in results:
+            run.directory.keep_answer(result.id, result.to_json() | {"opponents_asked": opponents})
+    except OSError as error:
+        say(f"warning: the answer is not kept for `influence report`: {error.filename or run.directory}: {error.strerror}")
+
+
+def asked_before(run: Run) -> Asked:
+    asked = [(answer["id"], answer["query"]) for answer in run.directory.answers() if "contrast" not in answer["query"]]
+    if not asked:
+        raise RequestError(f"nothing was asked of {run.directory} yet: give a prompt and a completion, or --queries FILE")
+    unique = {(query["prompt"], query["completion"]): name for name, query in asked[-20:]}
+    return [(name, run.measure(prompt, completion)) for (prompt, completion), name in unique.items()]
+
+
+def measurements_of(
+    run: Run, prompt: str | None, completion: str | None, contrast: str | None, span: str | None, queries: Path | None
+) -> Asked:
+    if queries is not None:
+        if prompt is not None or contrast is not None or span is not None:
+            raise RequestError("give a prompt and completion (with --contrast or --span), or --queries FILE, not both")
+        return [(name, _measurement_of(run, item, place)) for name, item, place in _read_queries(queries)]
+    if prompt is None or completion is None:
+        raise RequestError("give PROMPT and COMPLETION, or --queries FILE")
+    return [("query", run.measure(prompt, completion, contrast=contrast, span=_parse_span(span)))]
+
+
+def _parse_span(span: str | None) -> tuple[int, int] | None:
+    if span is None:
+        return None
+    first, colon, last = span.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise RequestError(f"--span: expected two token numbers such as 0:3, got {span!r}")
+    return int(first), int(last)
+
+
+def _read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RequestError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+        if not isinstance(item, dict):
+            raise RequestError(f"{path}, line {number}: expected a JSON object")
+        found.append((str(number if item.get("id") is None else item["id"]), item, f"{path}, line {number}"))
+    if not found:
+        raise RequestError(f"{path} holds no query")
+    return found
+
+
+def _measurement_of(run: Run, item: dict[str, Any], place: str) -> Measurement:
+    try:
+        if isinstance(item.get("input_ids"), list):
+            return measure_tokens(run.tokenizer, item["input_ids"], longest=longest_sequence(run.language_model.model))
+        if isinstance(item.get("text"), str):
+            return run.measure("", item["text"])
+        if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
+            return run.measure(item["prompt"], item["completion"])
+    except RequestError as error:
+        raise RequestError(f"{place}: {error}") from None
+    raise RequestError(f"{place}: expected prompt and completion, or text, or input_ids; got {', '.join(item) or 'nothing'}")

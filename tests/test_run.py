@@ -1,0 +1,211 @@
+"""A run's answers: equal to a dense computation, and the same whoever did the work and however it was cut."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from small_run import World, finished_run, run_pipeline, small_world
+
+from ekfac import LayerFactors
+from influence import QueryOptions, Run, open_run
+from influence.config import Config, load_config
+from influence.errors import RequestError
+from influence.sequences import TrainingSequence
+from jobs.driver import run_all
+from jobs.executors import OnRay, ray_cluster
+from jobs.stages import STAGES, create_run, do_unit, fitted_sequences
+
+QUERY = ("Oslo lies on the", " Aker. The town")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return small_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return open_run(finished_run(tmp_path_factory))
+
+
+def autograd_gradient(run: Run, tokens: np.ndarray, counted: np.ndarray) -> dict[str, np.ndarray]:
+    """The gradient of minus the counted tokens' log-probability, by plain autograd in float64, as [O, J] matrices."""
+    model = run.language_model.model.double()
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        log_probabilities = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        places = np.flatnonzero(counted) - 1
+        loss = -log_probabilities[places, ids[0, places + 1]].sum()
+        found = {}
+        for layer in run.coverage.layers:
+            module = model.get_submodule(layer.name)
+            weight, bias = torch.autograd.grad(loss, [module.weight, module.bias], retain_graph=True)
+            found[layer.name] = torch.cat([weight.T, bias[:, None]], 1).numpy()
+        return found
+    finally:
+        model.float()
+
+
+def dense_scores(run: Run, query: TrainingSequence, factors: dict[str, LayerFactors]) -> np.ndarray:
+    """[N, L] by explicit inversion in the stored eigenbases, in float64."""
+    asked = autograd_gradient(run, query.tokens, query.counted)
+    table = np.zeros((len(run.store), len(run.coverage.layers)))
+    for layer in run.coverage.layers:
+        factor = factors[layer.name]
+        left, right, eigenvalues = (x.double().numpy() for x in (factor.output_vectors, factor.input_vectors, factor.eigenvalues))
+        asked[layer.name] = left @ ((left.T @ asked[layer.name] @ right) / (eigenvalues + factor.damping)) @ right.T
+    for number, sequence in enumerate(run.store):
+        gradient = autograd_gradient(run, sequence.tokens, sequence.counted)
+        table[number] = [(asked[layer.name] * gradient[layer.name]).sum() for layer in run.coverage.layers]
+    return table / len(run.store)
+
+
+def test_answer_equals_dense_computation_from_autograd(run: Run) -> None:
+    measurement = run.measure(*QUERY)
+    expected = dense_scores(run, measurement.parts[0][1], run.factors)
+    result = run.answer([measurement], QueryOptions(k=len(run.store), candidates=len(run.store)))[0]
+    numbers = [run.store.ids.index(sequence.id) for sequence in result.sequences]
+    assert sorted(numbers) == list(range(len(run.store)))
+    scale = np.abs(expected).sum(1).max()  # the model runs in float32: sums over 1e5 products, some of which cancel
+    for sequence, number in zip(result.sequences, numbers, strict=True):
+        np.testing.assert_allclose(list(sequence.layers.values()), expected[number], rtol=2e-3, atol=2e-5 * scale)
+        assert sum(share for _, share in sequence.tokens) == pytest.approx(sequence.score, rel=1e-5, abs=1e-6 * scale)
+    assert [sequence.score for sequence in result.sequences] == sorted((s.score for s in result.sequences), reverse=True)
+
+
+def test_share_of_a_token_belongs_to_the_position_at_which_it_is_the_input(run: Run) -> None:
+    # The last token of a sequence predicts nothing, so its position has no gradient; the first one predicts the second.
+    for sequence in run.query(*QUERY, k=5).sequences:
+        shares = [share for _, share in sequence.tokens]
+        assert shares[-1] == 0
+        assert shares[0] != 0
+
+
+def test_log_probability_is_the_models(run: Run) -> None:
+    query = run.query(*QUERY, k=1).query
+    sequence = run.measure(*QUERY).parts[0][1]
+    with torch.no_grad():
+        logits = run.language_model.model(input_ids=torch.from_numpy(sequence.tokens.astype(np.int64))[None]).logits[0].log_softmax(-1)
+    expected = [
+        float(logits[t - 1, token]) if counted else None
+        for t, (token, counted) in enumerate(zip(sequence.tokens, sequence.counted, strict=True))
+    ]
+    for found, wanted in zip(query["token_log_probabilities"], expected, strict=True):
+        assert found == (wanted if wanted is None else pytest.approx(wanted, rel=1e-5))
+    assert query["log_probability"] == pytest.approx(sum(value for value in expected if value is not None), rel=1e-5)
+    assert "".join(query["tokens"]) == "".join(QUERY)
+
+
+def all_scores(run: Run) -> dict[str, float]:
+    result = run.query(*QUERY, k=len(run.store), exact=True)
+    return {sequence.id: sequence.score for sequence in result.sequences}
+
+
+def assert_same_scores(left: dict[str, float], right: dict[str, float]) -> None:
+    """Equal up to float32 sums in another order, amplified by eigenvectors of close eigenvalues."""
+    assert left.keys() == right.keys()
+    scale = max(map(abs, left.values()))
+    assert max(abs(left[name] - right[name]) for name in left) < 1e-2 * scale
+    assert np.corrcoef([left[name] for name in left], [right[name] for name in left])[0, 1] > 0.9999
+
+
+def test_scores_do_not_depend_on_shards(run: Run, world: World, tmp_path: Path) -> None:
+    other = run_pipeline(world.settings(tmp_path / "run", data={"sequences_per_shard": 7}))
+    assert other.store.num_shards != run.store.num_shards
+    assert_same_scores(all_scores(run), all_scores(other))
+
+
+def test_scores_do_not_depend_on_the_memory_budget(run: Run, world: World, tmp_path: Path) -> None:
+    other = run_pipeline(world.settings(tmp_path / "run", resources={"memory_budget": "2MiB"}))
+    assert other.attributed.budget.memory_bytes < run.attributed.budget.memory_bytes / 100
+    assert_same_scores(all_scores(run), all_scores(other))
+
+
+def test_sequences_to_fit_on_do_not_depend_on_shards(world: World, tmp_path: Path) -> None:
+    chosen = []
+    for shard_size in (7, 100):
+        run = run_pipeline(world.settings(tmp_path / f"{shard_size}", data={"sequences_per_shard": shard_size}, factors={"sequences": 9}))
+        chosen.append(sorted(s.id for shard in range(run.store.num_shards) for s in fitted_sequences(run, shard)))
+    assert len(chosen[0]) == 9
+    assert chosen[0] == chosen[1]
+
+
+def test_measured_recall_is_that_of_the_index(run: Run) -> None:
+    measured = run.measured_recall
+    assert measured["queries"] == 4
+    assert measured["recall_at_10"] == 1.0  # fewer sequences than candidates
+    assert 0 <= measured["recall_at_10_without_rerank"] <= 1
+
+
+def test_absolute_damping_is_what_was_asked_for(world: World, tmp_path: Path) -> None:
+    run = run_pipeline(world.settings(tmp_path / "run", factors={"damping": {"absolute": 0.5}}))
+    assert {factor.damping for factor in run.factors.values()} == {0.5}
+
+
+def test_result_reads_as_a_table(run: Run) -> None:
+    result = run.query(*QUERY, k=3)
+    table = result.to_pandas()
+    assert list(table["rank"]) == [1, 2, 3]
+    assert list(table["source"]) == [sequence.metadata["source"] for sequence in result.sequences]
+    assert "<table" in result._repr_html_()
+    assert sum(result.layers().values()) == pytest.approx(sum(s.score for s in result.sequences), rel=1e-6)
+    assert json.loads(json.dumps(result.to_json()))["results"][0]["id"] == result.sequences[0].id
+
+
+# Ray: one local cluster for all of the tests below, since it takes ten seconds and more to start.
+
+
+@pytest.fixture(scope="module")
+def cluster(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    settings = world.settings(tmp_path_factory.mktemp("ray") / "run", resources={"workers": 2})
+    with ray_cluster(configured(settings)):
+        yield
+
+
+def configured(settings: dict[str, dict[str, object]]) -> Config:
+    return load_config(None, {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()})
+
+
+def with_layers(config: Config) -> Run:
+    """The run brought as far as its layers and sequences."""
+    create_run(config)
+    run = open_run(config.run.dir)
+    for stage in STAGES[:2]:
+        do_unit(stage, run, config, "all")
+    return run
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Ray's notice of what a later version will do with accelerators
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves the log files of its processes open
+class TestOnRay:
+    def test_ray_gives_the_same_scores_as_this_process(self, run: Run, world: World, cluster: None, tmp_path: Path) -> None:
+        other = run_all(configured(world.settings(tmp_path / "run", resources={"workers": 2})))
+        assert_same_scores(all_scores(run), all_scores(other))
+
+    def test_killed_worker_is_replaced_and_its_unit_done_again(self, run: Run, world: World, cluster: None, tmp_path: Path) -> None:
+        config = configured(world.settings(tmp_path / "run", resources={"workers": 2}))
+        opened, finished = with_layers(config), []
+        stage = next(stage for stage in STAGES if stage.name == "covariances")
+        with closing(OnRay(config, 2)) as executor:
+            first = executor.workers[0]
+            threading.Timer(0.5, lambda: ray.kill(first)).start()
+            executor.do(stage, opened.shards, finished.append)
+            assert sorted(finished) == opened.shards
+            assert first not in executor.workers
+        assert all_scores(run_all(config)).keys() == all_scores(run).keys()
+
+    def test_unit_that_is_refused_ends_the_stage_with_its_reason(self, world: World, cluster: None, tmp_path: Path) -> None:
+        config = configured(world.settings(tmp_path / "run", resources={"workers": 2, "memory_budget": "1KiB"}))
+        opened = with_layers(config)
+        stage = next(stage for stage in STAGES if stage.name == "covariances")
+        with closing(OnRay(config, 2)) as executor, pytest.raises(RequestError, match="memory_budget"):
+            executor.do(stage, opened.shards, lambda unit: None)
