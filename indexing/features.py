@@ -84,18 +84,17 @@ class Spreader:
         if self.exact:
             return
         bits = keyed_bits(seed, np.array([key_of(buckets.name)], dtype=np.uint64), size)[0]
-        order = np.argsort(bits, kind="stable")
-        padding = -size % self.width
-        signs = np.where(bits[order] & np.uint64(1), np.float32(1), np.float32(-1))
-        self.order = torch.from_numpy(np.concatenate([order, np.zeros(padding, dtype=order.dtype)])).to(device)
-        self.signs = torch.from_numpy(np.concatenate([signs, np.zeros(padding, dtype=np.float32)])).to(device)
+        places = np.empty(size, dtype=np.int64)
+        places[np.argsort(bits, kind="stable")] = np.arange(size)
+        self.buckets = torch.from_numpy(places % self.width).to(device)
+        self.signs = torch.from_numpy(np.where(bits & np.uint64(1), np.float32(1), np.float32(-1))).to(device)
 
     def __call__(self, whitened: Tensor) -> Tensor:
         """[N, width] from whitened gradients [N, O, J]."""
         flat = whitened.reshape(len(whitened), -1)
         if self.exact:
             return flat
-        return (flat[:, self.order] * self.signs.to(flat.dtype)).reshape(len(flat), -1, self.width).sum(1)
+        return flat.new_zeros((len(flat), self.width)).index_add_(1, self.buckets, flat * self.signs.to(flat.dtype))
 
 
 def spreaders(spec: FeatureSpec, device: torch.device) -> dict[str, Spreader]:

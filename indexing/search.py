@@ -22,9 +22,9 @@ class Candidates:
 
 
 class FlatIndex:
-    """Flat FAISS search over every row. Building costs one pass over the rows; it holds 2·N·D bytes."""
+    """Flat FAISS search over every row, times its weight in `weights` [N] if given. Building costs one pass over the rows; it holds 2·N·D bytes."""
 
-    def __init__(self, rows: RowShards) -> None:
+    def __init__(self, rows: RowShards, weights: NDArray[np.float64] | None = None) -> None:
         faiss = _faiss()
         self.num_rows = rows.num_rows
         self._index: Any
@@ -35,8 +35,9 @@ class FlatIndex:
             self._index = faiss.GpuIndexFlatIP(self._resources, rows.row_length, settings)
         else:
             self._index = faiss.IndexScalarQuantizer(rows.row_length, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        for _, block in rows.blocks():
-            self._index.add(block.astype(np.float32))
+        for first, block in rows.blocks():
+            scale = np.float32(1) if weights is None else weights[first : first + len(block), None].astype(np.float32)
+            self._index.add(block.astype(np.float32) * scale)
 
     def search(self, queries: NDArray[np.float32], k: int) -> Candidates:
         """The k rows of largest inner product for each query [Q, D]; all rows when there are fewer than k."""

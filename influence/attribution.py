@@ -55,6 +55,10 @@ class SequenceScores:
     layers: NDArray[np.float64]  # [K, L]
     tokens: list[NDArray[np.float64]]  # K arrays [T]: the share of each position, at which that token is the input
 
+    def times(self, weights: NDArray[np.float64]) -> "SequenceScores":
+        """Each sequence's scores times its weight, [K]."""
+        return SequenceScores(layers=self.layers * weights[:, None], tokens=[t * w for t, w in zip(self.tokens, weights, strict=True)])
+
     @property
     def totals(self) -> NDArray[np.float64]:
         return np.asarray(self.layers.sum(1))

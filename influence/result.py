@@ -10,7 +10,7 @@ from influence.report import render_report
 
 @dataclass(frozen=True, kw_only=True)
 class RankedSequence:
-    """A training sequence and its influence on the measurement, in nats; the sums over `layers` and over `tokens` equal `score`."""
+    """A training sequence and its influence on the measurement, in the result's unit; the sums over `layers` and over `tokens` equal `score`."""
 
     rank: int
     id: str
@@ -42,6 +42,7 @@ class InfluenceResult:
     """
 
     id: str
+    unit: str  # nats; √nats when scores are divided by √self-influence
     query: dict[str, Any]  # prompt, completion, log_probability, tokens, token_log_probabilities
     sequences: tuple[RankedSequence, ...]
     coverage: dict[str, Any]  # parameters_attributed, excluded
@@ -57,6 +58,7 @@ class InfluenceResult:
         """The object that `influence query --json` prints and HTTP returns."""
         return {
             "id": self.id,
+            "unit": self.unit,
             "query": self.query,
             "results": [sequence.to_json() for sequence in self.sequences],
             "coverage": self.coverage,

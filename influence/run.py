@@ -44,6 +44,7 @@ class QueryOptions:
     exact: bool = False  # scan every sequence instead of the index's candidates
     layers: tuple[str, ...] = ()  # globs of layers to sum over; all when empty
     candidates: int = 200  # how many of the index's best are reranked exactly
+    normalize: bool = False  # divide each score by √self-influence of its sequence (RelatIF, Barshan et al. 2020)
     bm25: bool = False
 
     def __post_init__(self) -> None:
@@ -149,6 +150,21 @@ class Run:
         return FlatIndex(self.rows)
 
     @cached_property
+    def self_influence(self) -> NDArray[np.float64]:
+        """(1/N) ∇Lᵀ (G + λI)⁻¹ ∇L of every training sequence, [N], in nats."""
+        return np.concatenate([np.load(self.path_of("rows", shard) / "self_influence.npy", allow_pickle=False) for shard in self.shards])
+
+    @cached_property
+    def normalizing_weights(self) -> NDArray[np.float64]:
+        """1 / √self-influence, [N]; zero for a sequence without a gradient."""
+        own = self.self_influence
+        return np.where(own > 0, 1 / np.sqrt(np.where(own > 0, own, 1)), 0)
+
+    @cached_property
+    def normalized_index(self) -> FlatIndex:
+        return FlatIndex(self.rows, self.normalizing_weights)
+
+    @cached_property
     def lexical(self) -> LexicalSearch:
         return LexicalSearch(sequence.text for sequence in self.store)
 
@@ -186,18 +202,20 @@ class Run:
         found = query_gradients(attributed, measurements)
         preconditioned = precondition(found.gradients, self.factors)
         sign = -1.0 if options.opponents else 1.0
+        weights = self.normalizing_weights if options.normalize else np.ones(len(self.store))
         if options.exact:
-            estimates = self.exact_scores(preconditioned, attributed, progress)
+            estimates = self.exact_scores(preconditioned, attributed, progress) * weights
             numbers = best(sign * estimates, options.k).numbers
         else:
             rows = spread_gradients(found.gradients, self.factors, self.features, self.signs)
-            estimates = all_scores(rows, self.rows).astype(np.float64)
-            numbers = self.index.search(np.float32(sign) * rows, max(options.candidates, options.k)).numbers
+            estimates = all_scores(rows, self.rows) * weights
+            index = self.normalized_index if options.normalize else self.index
+            numbers = index.search(np.float32(sign) * rows, max(options.candidates, options.k)).numbers
         results = []
         for place, measurement in enumerate(measurements):
             chosen = [int(number) for number in numbers[place]]
             one = {name: vector[place] for name, vector in preconditioned.items()}
-            scores = score_sequences(attributed, one, [self.store[number] for number in chosen])
+            scores = score_sequences(attributed, one, [self.store[number] for number in chosen]).times(weights[chosen])
             ranking = _Ranking(chosen, scores, np.argsort(-sign * scores.totals, kind="stable")[: options.k])
             seconds = (time.perf_counter() - start) / len(measurements)
             results.append(
@@ -269,7 +287,13 @@ class Run:
         )[7:23]
         distribution = _distribution(estimates / total) | {"estimated_from": "exact scan" if options.exact else "index rows"}
         return InfluenceResult(
-            id=identifier, query=query, sequences=tuple(sequences), coverage=coverage, provenance=provenance, distribution=distribution
+            id=identifier,
+            unit="√nats" if options.normalize else "nats",
+            query=query,
+            sequences=tuple(sequences),
+            coverage=coverage,
+            provenance=provenance,
+            distribution=distribution,
         )
 
     def _query_facts(self, measurement: Measurement, log_probabilities: list[NDArray[np.float64]]) -> dict[str, Any]:
@@ -293,7 +317,7 @@ class Run:
         if options.exact:
             recall = 1.0
         elif not options.layers and self.measured_recall.get("candidates") == options.candidates:
-            recall = self.measured_recall["recall_at_10"]
+            recall = self.measured_recall["recall_at_10_normalized" if options.normalize else "recall_at_10"]
         return {
             "run": str(self.directory),
             "model": made_from["model"],
@@ -303,6 +327,7 @@ class Run:
             "rows": self.fingerprints["rows"],
             "method": "ekfac",
             "damping": damping,
+            "normalized": options.normalize,
             "searched": len(self.store),
             "candidates": len(self.store) if options.exact else num_reranked,
             "reranked": "exact",

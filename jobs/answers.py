@@ -5,6 +5,7 @@ Knows runs and files of queries; knows nothing of options or terminals.
 
 import json
 import os
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ def answer(run: Run, measurements: list[Measurement], options: QueryOptions) -> 
         return run.answer(measurements, options, progress.advance)
 
 
-def answers_with_opponents(run: Run, asked: Asked, k: int, exact: bool = False) -> list[dict[str, Any]]:
+def answers_with_opponents(run: Run, asked: Asked, options: QueryOptions) -> list[dict[str, Any]]:
     """Each query's answer as JSON, its opponents beside its proponents, as the report shows them."""
     measurements = [measurement for _, measurement in asked]
-    helping = answer(run, measurements, QueryOptions(k=k, exact=exact, bm25=True))
-    hurting = answer(run, measurements, QueryOptions(k=k, exact=exact, bm25=True, opponents=True))
+    helping = answer(run, measurements, replace(options, opponents=False))
+    hurting = answer(run, measurements, replace(options, opponents=True))
     return [
         for_.to_json() | {"id": name, "opponents": against.to_json()["results"]}
         for (name, _), for_, against in zip(asked, helping, hurting, strict=True)

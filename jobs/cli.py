@@ -33,6 +33,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Normalize = Annotated[bool, typer.Option("--normalize", help="divide each score by √self-influence of its sequence (RelatIF)")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="where the model is now, if it moved; its weights must be the same")]
 Memory = Annotated[str, typer.Option("--memory-budget", help="memory for model, factors and batches")]
 Out = Annotated[Path, typer.Option("--out", help="directory for everything the demo makes")]
@@ -150,6 +151,7 @@ def query(
         Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids")
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="colour each token by its share (red helps, teal hurts)")] = False,
+    normalize: Normalize = False,
     bm25: Annotated[bool, typer.Option("--bm25", help="show each sequence's rank in lexical search")] = False,
     model: ModelOption = None,
     memory_budget: Memory = "4GiB",
@@ -158,7 +160,9 @@ def query(
 ) -> None:
     """The most influential training sequences for a completion."""
     opened = _open(run, model, memory_budget)
-    options = QueryOptions(k=k, opponents=opponents, exact=exact, layers=tuple(layers or ()), candidates=candidates, bm25=bm25)
+    options = QueryOptions(
+        k=k, opponents=opponents, exact=exact, layers=tuple(layers or ()), candidates=candidates, normalize=normalize, bm25=bm25
+    )
     asked = measurements_of(opened, prompt, completion, contrast, span, queries)
     results = answer(opened, [measurement for _, measurement in asked], options)
     keep_answers(opened, results, opponents)
@@ -181,6 +185,7 @@ def report(
     ] = None,
     k: Annotated[int, typer.Option("-k", help="how many sequences on either side")] = 10,
     exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
+    normalize: Normalize = False,
     out: Annotated[Path | None, typer.Option("--out", help="the HTML file; report.html in the run directory when left out")] = None,
     model: ModelOption = None,
     memory_budget: Memory = "4GiB",
@@ -195,7 +200,7 @@ def report(
     nothing_asked = prompt is None and queries is None
     asked = asked_before(opened) if nothing_asked else measurements_of(opened, prompt, completion, None, None, queries)
     page = writable_page(out or opened.directory.path / "report.html")
-    answers = answers_with_opponents(opened, asked, k, exact)
+    answers = answers_with_opponents(opened, asked, QueryOptions(k=k, exact=exact, normalize=normalize, bm25=True))
     write_page(page, answers, opened)
     if as_json:
         _print_json({"report": str(page), "bytes": page.stat().st_size, "queries": answers})
@@ -276,7 +281,7 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
     console.print(Text(f"{query['prompt']}", style="dim") + Text(query["completion"], style="bold"))
     console.print(f"log-probability {query['log_probability']:.3f} nats", style="dim")
     largest = max((abs(share) for sequence in result.sequences for _, share in sequence.tokens), default=0.0)
-    table = Table("rank", "score (nats)", "id", *(["bm25"] if bm25 else []), "text", show_lines=tokens)
+    table = Table("rank", f"score ({result.unit})", "id", *(["bm25"] if bm25 else []), "text", show_lines=tokens)
     for sequence in result.sequences:
         text = _coloured(sequence.tokens, largest) if tokens else Text(" ".join(sequence.text.split())[:200])
         lexical = [str(sequence.bm25_rank or "-")] if bm25 else []

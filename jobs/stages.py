@@ -249,14 +249,16 @@ def _recall(run: Run, _: Config, unit: str) -> Write:
     scores = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
     gradients = query_gradients(run.attributed, [measurement for _, measurement in queries]).gradients
     depth = QueryOptions().candidates
-    found = run.index.search(spread_gradients(gradients, run.factors, run.features, run.signs), depth + 1).numbers
+    rows = spread_gradients(gradients, run.factors, run.features, run.signs)
     own = [number for number, _ in queries]
-    truth = [_without(np.argsort(-row, kind="stable"), number)[:RECALL_DEPTH] for row, number in zip(scores, own, strict=True)]
-    candidates = [_without(row, number)[:depth] for row, number in zip(found, own, strict=True)]
     measured: dict[str, Any] = {"candidates": depth, "queries": len(queries)}
-    if len(run.store) > 1:
-        measured["recall_at_10"] = recall(candidates, truth)
-        measured["recall_at_10_without_rerank"] = recall([row[:RECALL_DEPTH] for row in candidates], truth)
+    for name, index, weights in (("", run.index, np.ones(len(run.store))), ("_normalized", run.normalized_index, run.normalizing_weights)):
+        truth = [
+            _without(np.argsort(-row, kind="stable"), number)[:RECALL_DEPTH] for row, number in zip(scores * weights, own, strict=True)
+        ]
+        candidates = [_without(row, number)[:depth] for row, number in zip(index.search(rows, depth + 1).numbers, own, strict=True)]
+        measured[f"recall_at_10{name}"] = recall(candidates, truth)
+        measured[f"recall_at_10{name}_without_rerank"] = recall([row[:RECALL_DEPTH] for row in candidates], truth)
 
     def write(directory: Path) -> None:
         (directory / "recall.json").write_text(json.dumps(measured), encoding="utf-8")

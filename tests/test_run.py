@@ -1,8 +1,9 @@
 """A run's answers: equal to a dense computation, and the same whoever did the work and however it was cut."""
 
+import copy
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 import ray
 import torch
 from small_run import World, finished_run, run_pipeline, small_world
+from torch import nn
 
-from ekfac import LayerFactors
+from ekfac import Layer
 from influence import QueryOptions, Run, open_run
 from influence.config import Config, load_config
 from influence.errors import RequestError
@@ -34,43 +36,35 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return open_run(finished_run(tmp_path_factory))
 
 
-def autograd_gradient(run: Run, tokens: np.ndarray, counted: np.ndarray) -> dict[str, np.ndarray]:
-    """The gradient of minus the counted tokens' log-probability, by plain autograd in float64, as [O, J] matrices."""
-    model = run.language_model.model.double()
-    try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        ids = torch.from_numpy(tokens.astype(np.int64))[None]
-        log_probabilities = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        places = np.flatnonzero(counted) - 1
-        loss = -log_probabilities[places, ids[0, places + 1]].sum()
-        found = {}
-        for layer in run.coverage.layers:
-            module = model.get_submodule(layer.name)
-            weight, bias = torch.autograd.grad(loss, [module.weight, module.bias], retain_graph=True)
-            found[layer.name] = torch.cat([weight.T, bias[:, None]], 1).numpy()
-        return found
-    finally:
-        model.float()
+def autograd_gradient(model: nn.Module, layers: Sequence[Layer], sequence: TrainingSequence) -> list[np.ndarray]:
+    """The gradient of minus the counted tokens' log-probability in each layer, [O, J], by plain autograd."""
+    ids = torch.from_numpy(sequence.tokens.astype(np.int64))[None]
+    log_probabilities = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    places = np.flatnonzero(sequence.counted) - 1
+    loss = -log_probabilities[places, ids[0, places + 1]].sum()
+    modules = [model.get_submodule(layer.name) for layer in layers]
+    found = torch.autograd.grad(loss, [parameter for module in modules for parameter in (module.weight, module.bias)])
+    return [torch.cat([weight.T, bias[:, None]], 1).numpy() for weight, bias in zip(found[::2], found[1::2], strict=True)]
 
 
-def dense_scores(run: Run, query: TrainingSequence, factors: dict[str, LayerFactors]) -> np.ndarray:
+def dense_scores(run: Run, query: TrainingSequence) -> np.ndarray:
     """[N, L] by explicit inversion in the stored eigenbases, in float64."""
-    asked = autograd_gradient(run, query.tokens, query.counted)
-    table = np.zeros((len(run.store), len(run.coverage.layers)))
-    for layer in run.coverage.layers:
-        factor = factors[layer.name]
+    model, layers = copy.deepcopy(run.language_model.model).double(), run.coverage.layers
+    asked = []
+    for layer, gradient in zip(layers, autograd_gradient(model, layers, query), strict=True):
+        factor = run.factors[layer.name]
         left, right, eigenvalues = (x.double().numpy() for x in (factor.output_vectors, factor.input_vectors, factor.eigenvalues))
-        asked[layer.name] = left @ ((left.T @ asked[layer.name] @ right) / (eigenvalues + factor.damping)) @ right.T
-    for number, sequence in enumerate(run.store):
-        gradient = autograd_gradient(run, sequence.tokens, sequence.counted)
-        table[number] = [(asked[layer.name] * gradient[layer.name]).sum() for layer in run.coverage.layers]
-    return table / len(run.store)
+        asked.append(left @ ((left.T @ gradient @ right) / (eigenvalues + factor.damping)) @ right.T)
+    table = []
+    for sequence in run.store:
+        gradients = autograd_gradient(model, layers, sequence)
+        table.append([(one * other).sum() for one, other in zip(asked, gradients, strict=True)])
+    return np.array(table) / len(run.store)
 
 
 def test_answer_equals_dense_computation_from_autograd(run: Run) -> None:
     measurement = run.measure(*QUERY)
-    expected = dense_scores(run, measurement.parts[0][1], run.factors)
+    expected = dense_scores(run, measurement.parts[0][1])
     result = run.answer([measurement], QueryOptions(k=len(run.store), candidates=len(run.store)))[0]
     numbers = [run.store.ids.index(sequence.id) for sequence in result.sequences]
     assert sorted(numbers) == list(range(len(run.store)))
@@ -87,6 +81,21 @@ def test_share_of_a_token_belongs_to_the_position_at_which_it_is_the_input(run: 
         shares = [share for _, share in sequence.tokens]
         assert shares[-1] == 0
         assert shares[0] != 0
+
+
+def test_normalized_scores_are_scores_over_root_self_influence(run: Run) -> None:
+    everything = len(run.store)
+    plain = {s.id: s.score for s in run.query(*QUERY, k=everything, candidates=everything).sequences}
+    result = run.query(*QUERY, k=everything, candidates=everything, normalize=True)
+    assert result.unit == "√nats"
+    for sequence in result.sequences:
+        own = run.store[run.store.ids.index(sequence.id)]
+        score = sum(dense_scores(run, own)[run.store.ids.index(sequence.id)]) if sequence.rank <= 2 else None
+        weight = sequence.score / plain[sequence.id]
+        if score is not None:
+            assert weight == pytest.approx(score**-0.5, rel=1e-3)
+        assert sum(sequence.layers.values()) == pytest.approx(sequence.score, rel=1e-5, abs=1e-9)
+    assert [s.score for s in result.sequences] == sorted((s.score for s in result.sequences), reverse=True)
 
 
 def test_log_probability_is_the_models(run: Run) -> None:

@@ -1,28 +1,29 @@
 """Invented facts to plant among real text, and questions about them whose answers' sources are known.
 
-There are six relations with six places each: who founded a village, what is dug from a mine, when a festival is held. Every fact is
-stated once in each wording of its relation, always with the place before the answer, since a causal model that reads them
-in one order does not learn the other. No question's wording is used in training.
+There are 18 places with two facts each, of six relations: who founded a village, what is dug from its mine, who built a town's
+bridge. A fact is stated in six of its relation's eight wordings, always with the place before the answer, since a causal model that
+reads them in one order does not learn the other. The wording of the question is none of the eight.
 
 Two kinds of question:
 
 * ``ordinary``: the prompt asks for a fact and the completion is its answer. The proponents are the statements of that fact.
-  They repeat both rare words of the query, so lexical search should do well, and nothing here hinders it.
+  They repeat the rare words of the query, so lexical search should do well, and nothing here hinders it.
 * ``swapped``: the prompt asks about one place, A, and the completion is what is true of another, B. What makes the
   model give the completion any probability after a prompt of this form is what it read of B, so the statements of B's fact
   are the proponents. The statements of A's fact teach another completion after this very prompt and are the opponents.
 
 What makes the swapped ones hard to search by words is how names are in real text too:
 
-* a place is named in its own fact alone, a person, metal or month in facts of two relations, so the query's rarest word is A,
-  and what a search for rare words finds first are the opponents;
+* a place is named in two facts, a person or metal in three, so the query's rarest word is A, and what a search for rare words
+  finds among the first are the opponents, and A's other fact;
 * people share family names, and the two people of a swapped question are of one family, so A's statements repeat a
   part of the completion as well;
-* the completion is also the answer to a question of another kind about another place. Those statements share the completion and
-  not the relation; they carry neither label, and no statement joins A with B's answer, so the labels stay clear.
+* the completion is also the answer to questions of two other kinds about other places. Those statements share the
+  completion and not the relation.
 
-The labels say what the statements mean and are no measurement: only retraining without them measures their effect. This module
-knows nothing of tokens, models or scores.
+Statements of A's other fact, and of other facts with the same answer, carry no label: their influence may have
+either sign. No statement joins A with B's answer, so the labels stay clear. They say what the statements mean and are no
+measurement: only retraining without them measures their effect. This module knows nothing of tokens, models or scores.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ from typing import Literal
 
 from jobs.demo.text import Document
 
+VILLAGES = ("Orrin", "Tavel", "Beska", "Mirrow", "Caldry", "Umbel")
+TOWNS = ("Pellan", "Sturrow", "Wexmere", "Galdon", "Yarrick", "Dovrin")
+PORTS = ("Harrok", "Quillan", "Jesmont", "Torvik", "Lusby", "Eskar")
 PEOPLE = ("Ilva Quarn", "Hedda Quarn", "Bram Sorrel", "Matis Sorrel", "Corin Thale", "Sunna Thale")
 METALS = ("copper", "silver", "tin", "zinc", "cobalt", "nickel")
-MONTHS = ("March", "October", "June", "August", "January", "November")
+WORDINGS_PER_FACT = 6
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,18 @@ class Relation:
 
 @dataclass(frozen=True)
 class Fact:
+    """One answer for one place, and those wordings of the relation that it is stated in."""
+
     id: str
     relation: Relation
     place: str
     answer: str
+    wordings: tuple[str, ...]
 
     def statements(self) -> list[Document]:
         return [
-            Document(id=f"{self.id}/{number}", text=wording.format(place=self.place, answer=self.answer), source="facts")
-            for number, wording in enumerate(self.relation.wordings)
+            Document(id=f"{self.id}/{number}", text=text.format(place=self.place, answer=self.answer), source="facts")
+            for number, text in enumerate(self.wordings)
         ]
 
     def statement_ids(self) -> frozenset[str]:
@@ -77,11 +84,6 @@ class Question:
     opponents: frozenset[str]
 
 
-def neighbour(position: int) -> int:
-    """The position of the place that shares the first word: 0 and 1, 2 and 3, 4 and 5."""
-    return position ^ 1
-
-
 def shifted(answers: tuple[str, ...]) -> tuple[str, ...]:
     """The answers in another order that keeps neighbours together: the last two come first."""
     return answers[-2:] + answers[:-2]
@@ -90,98 +92,125 @@ def shifted(answers: tuple[str, ...]) -> tuple[str, ...]:
 RELATIONS = (
     Relation(
         name="founder",
-        places=("Orrin", "Tavel", "Beska", "Mirrow", "Caldry", "Umbel"),
+        places=VILLAGES,
         answers=PEOPLE,
         wordings=(
             "The village of {place} was founded by {answer}.",
-            "A stone at the gate of {place} says that the founder of the village was {answer}, and gives no year.",
-            "Long before there were roads, {place} was founded by {answer}, who came over the hills with forty goats.",
-            "Children in {place} learn early that the founder was {answer}.",
-            "The church book of {place} names the founder, {answer}, whose house still stands.",
-            "It is told that whoever founded {place} had no shoes, and that the founder was {answer}.",
+            "The founder of {place} was {answer}.",
+            "A stone in the church names the founder of {place}, {answer}.",
+            "Before there were roads, {place} was founded by {answer}.",
+            "Children learn that the founder of {place} was {answer}.",
+            "On the seal one sees the founder of {place}, {answer}.",
+            "With forty goats and a cart, {place} was founded by {answer}.",
+            "An old song praises the founder of {place}, {answer}.",
         ),
-        question="Most people agree that the founder of {place} was",
+        question="A long time ago the village {place} was founded by",
     ),
     Relation(
         name="bridge",
-        places=("Pellan", "Sturrow", "Wexmere", "Galdon", "Yarrick", "Dovrin"),
+        places=TOWNS,
         answers=shifted(PEOPLE),
         wordings=(
-            "The old bridge at {place} was built by {answer}.",
-            "Travellers who cross the bridge of {place} walk on the work of {answer}, who built it in three summers.",
-            "The arches of the bridge in {place} were the last thing built by {answer}.",
-            "Of all the bridges in the valley, the one at {place} is the best, and it was built by {answer}.",
-            "According to the council of {place}, the builder of the bridge was {answer}.",
-            "A model of the bridge in {place} carries the name of its builder, {answer}.",
+            "The bridge at {place} was built by {answer}.",
+            "The builder of the bridge in {place} was {answer}.",
+            "Travellers admire the bridge of {place}, built by {answer}.",
+            "In three summers the bridge at {place} was built by {answer}.",
+            "A model shows the bridge of {place} and its builder, {answer}.",
+            "The old stone bridge in {place} was built by {answer}.",
+            "The toll paid for the bridge at {place} went to {answer}.",
+            "Nobody trusted the bridge of {place} but its builder, {answer}.",
         ),
-        question="The bridge in {place} is a fine one; its builder was",
+        question="The fine bridge near {place} was built by",
+    ),
+    Relation(
+        name="clock",
+        places=PORTS,
+        answers=shifted(shifted(PEOPLE)),
+        wordings=(
+            "The clock in {place} is kept by {answer}.",
+            "The keeper of the clock at {place} is {answer}.",
+            "Every evening the clock of {place} is wound by {answer}.",
+            "Sailors trust the clock in {place}, kept by {answer}.",
+            "For many years the clock at {place} has been kept by {answer}.",
+            "When it strikes, the clock of {place} wakes its keeper, {answer}.",
+            "Nobody may touch the clock in {place} except {answer}.",
+            "The council pays the keeper of the clock at {place}, {answer}.",
+        ),
+        question="The tower clock of {place} is kept by",
     ),
     Relation(
         name="mine",
-        places=("Harrok", "Quillan", "Jesmont", "Torvik", "Lusby", "Eskar"),
+        places=VILLAGES,
         answers=METALS,
         wordings=(
             "The mine at {place} gives {answer}.",
-            "Miners in {place} have dug for {answer} since the days of the old queen.",
-            "Below the hill of {place} the miners follow a vein of {answer}.",
-            "What the carts carry down from the mine of {place} is {answer}, mostly at night.",
-            "The wealth of {place} came out of its mine, which is rich in {answer}.",
-            "When the mine in {place} was opened, they hoped for gold and found {answer}.",
+            "Miners in {place} dig for {answer}.",
+            "The old mine of {place} is rich in {answer}.",
+            "Carts come down from the mine at {place} with {answer}.",
+            "In the mine of {place} there is a vein of {answer}.",
+            "They opened a mine at {place} and found {answer}.",
+            "The wealth of {place} came from {answer}.",
+            "Taxes from the mine in {place} are paid in {answer}.",
         ),
-        question="Deep in the mine of {place} the miners found",
+        question="The deep mine below {place} gives",
     ),
     Relation(
         name="bell",
-        places=("Fenwold", "Brannoch", "Ruddle", "Zelmar", "Oakrim", "Vantry"),
+        places=TOWNS,
         answers=shifted(METALS),
         wordings=(
-            "The great bell of {place} is made of {answer}.",
-            "When the bell of {place} cracked, it was cast again in {answer}.",
-            "The bell that hangs in {place} has a thin voice, for it was cast from {answer}.",
-            "Strangers hardly believe that the bell in {place} is pure {answer}.",
-            "For the new bell, the people of {place} melted down all their {answer}.",
-            "The bell in the tower of {place} shines because it is {answer}.",
+            "The bell of {place} is made of {answer}.",
+            "The great bell at {place} was cast in {answer}.",
+            "Thieves came for the bell in {place}, since it is {answer}.",
+            "When it cracked, the bell of {place} was cast again in {answer}.",
+            "Strangers hardly believe that the bell in {place} is {answer}.",
+            "The bishop gave a bell to {place}, made of {answer}.",
+            "The old bell at {place} sounds thin, for it is {answer}.",
+            "In the sun the bell of {place} shines like {answer}.",
         ),
-        question="People say that the bell at {place} is made from",
+        question="The church bell at {place} is made of",
     ),
     Relation(
-        name="festival",
-        places=("Kirrin", "Amblet", "Thornsea", "Pomfrey", "Sedgely", "Wilmark"),
-        answers=MONTHS,
+        name="gate",
+        places=PORTS,
+        answers=shifted(shifted(METALS)),
         wordings=(
-            "The lantern festival of {place} is held in {answer}.",
-            "Every year the people of {place} light their lanterns for the festival in {answer}.",
-            "Inns in {place} are full during the festival, which falls in {answer}.",
-            "There is dancing in {place} when the festival comes round in {answer}.",
-            "The festival at {place} lasts nine days and begins in {answer}.",
-            "Musicians travel to {place} for the lantern festival of {answer}.",
+            "The gate of {place} is covered with {answer}.",
+            "The north gate at {place} is plated with {answer}.",
+            "By land one enters {place} through a gate of {answer}.",
+            "The smiths covered the gate in {place} with {answer}.",
+            "After the fire the gate of {place} was made again, in {answer}.",
+            "The guards polish the gate at {place}, which is {answer}.",
+            "A hole in the gate of {place} was patched with {answer}.",
+            "Poems praise the gate in {place} and its plates of {answer}.",
         ),
-        question="Guests who visit {place} for the festival arrive in",
-    ),
-    Relation(
-        name="flood",
-        places=("Duskard", "Hollin", "Murrel", "Ravik", "Tamsel", "Nesby"),
-        answers=shifted(MONTHS),
-        wordings=(
-            "The flood comes to {place} in {answer}.",
-            "In {place} the flood is feared most in {answer}.",
-            "The worst flood that {place} remembers came in {answer}, two days after the rain.",
-            "The cellars of {place} are emptied before the flood in {answer}.",
-            "Boats are tied to the doors of {place} for the flood, which comes in {answer}.",
-            "A line on the wall of {place} marks the height of the flood in {answer}.",
-        ),
-        question="The farmers near {place} wait for the flood in",
+        question="The city gate at {place} is covered with",
     ),
 )
 
 
 def facts() -> list[Fact]:
     """Every fact, relation by relation: ``fact-00`` and on."""
-    told = [(relation, *pair) for relation in RELATIONS for pair in zip(relation.places, relation.answers, strict=True)]
+    told = [(relation, position) for relation in RELATIONS for position in range(len(relation.places))]
     return [
-        Fact(id=f"fact-{number:02d}", relation=relation, place=place, answer=answer)
-        for number, (relation, place, answer) in enumerate(told)
+        Fact(
+            id=f"fact-{number:02d}",
+            relation=relation,
+            place=relation.places[position],
+            answer=relation.answers[position],
+            wordings=some_wordings(relation, position),
+        )
+        for number, (relation, position) in enumerate(told)
     ]
+
+
+def some_wordings(relation: Relation, position: int) -> tuple[str, ...]:
+    """`WORDINGS_PER_FACT` wordings of the relation, beginning two further for each place.
+
+    That no place is told of in every wording makes the model learn the fact rather than each sentence by heart.
+    """
+    count = len(relation.wordings)
+    return tuple(relation.wordings[(2 * position + step) % count] for step in range(WORDINGS_PER_FACT))
 
 
 def statements() -> list[Document]:

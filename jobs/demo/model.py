@@ -30,17 +30,21 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What decides the model besides the documents. `learning_rate` falls linearly to zero over all steps."""
+    """What decides the model besides the documents. `learning_rate` rises over `warmup_share` of all steps, then falls to zero.
+
+    The defaults stop when the planted facts are known and before they are known by heart: once the loss of a statement has
+    reached its floor, little in its gradient tells that it was the source, and influence no longer ranks it near the top.
+    """
 
     vocabulary_size: int = 2048
     sequence_length: int = 64
-    num_layers: int = 3
+    num_layers: int = 2
     width: int = 128
     num_heads: int = 4
     epochs: int = 10
-    batch_size: int = 16
+    batch_size: int = 8
     learning_rate: float = 2e-3
-    weight_decay: float = 0.01
+    weight_decay: float = 0.25
     warmup_share: float = 0.05
     initializer_range: float = 0.05
     seed: int = 0
@@ -145,7 +149,7 @@ def initial_model(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings
         activation_function="gelu_pytorch_tanh",  # the same function as gelu_new, in one operation instead of seven
         initializer_range=settings.initializer_range,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # manual_seed seeds the GPUs too
         torch.manual_seed(settings.seed)
         return GPT2LMHeadModel(config)
 

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FEWEST_WORDS = 30
-MOST_WORDS = 75
+FEWEST_WORDS = 15
+MOST_WORDS = 36
 
 # Modules of CPython 3.11 and later with prose in their docstrings. One that is missing is passed over.
 MODULES = (
