@@ -9,6 +9,7 @@ medians. F is given its best batch size of those tried. Nothing is written to di
 import argparse
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -58,6 +59,7 @@ def main() -> None:
     for _ in range(options.repeats):
         for name, work in passes.all().items():
             seconds.setdefault(name, []).append(timed(work, device))
+            print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
     print(
         f"{device.type}, {torch.get_num_threads()} threads; {options.layers} layers, width {options.width}, {options.sequences} × {options.length}"
     )

@@ -15,7 +15,7 @@ from ekfac import Layer, SequenceBatch, key_of
 from influence.errors import RequestError
 from influence.sequences import TrainingSequence
 
-MAX_TOKENS = {"cpu": 4096, "cuda": 65_536}
+MAX_TOKENS = {"cpu": 1024, "cuda": 65_536}
 """Larger batches gain nothing on such a device."""
 
 
