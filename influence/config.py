@@ -147,7 +147,9 @@ class ResourcesConfig(Section):
 
     memory_budget: Bytes = Field(4 * 2**30, description="memory per worker for model, factors and batches; batches are chosen to fit")
     workers: int = Field(0, ge=0, description="Ray workers; 0 runs everything in this process")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs each Ray worker asks for")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs each Ray worker asks for; left out, one where the cluster has one for each worker"
+    )
     address: str | None = Field(None, description="address of a Ray cluster; left out, a local one is started when workers are wanted")
 
 

@@ -65,10 +65,15 @@ class OnRay:
         share = ray.cluster_resources().get("CPU", 1) / num_workers
         threads = max(1, int(share))
         # More workers than CPUs share them: asking for a whole one each would leave some waiting for ever.
-        options = {"num_cpus": min(share, threads), "num_gpus": config.resources.gpus_per_worker}
+        options = {"num_cpus": min(share, threads), "num_gpus": self._gpus_per_worker(num_workers)}
         self._new_worker: Any = ray.remote(Worker).options(**options)
         self._threads = threads
         self.workers: list[Any] = [self._start() for _ in range(num_workers)]
+
+    def _gpus_per_worker(self, num_workers: int) -> float:
+        """A worker sees only the GPUs that it asks for, so one is asked for wherever there are enough."""
+        wanted = self.config.resources.gpus_per_worker
+        return wanted if wanted is not None else float(self._ray.cluster_resources().get("GPU", 0) >= num_workers)
 
     def _start(self) -> Any:
         return self._new_worker.remote(self.config, self._threads)
