@@ -49,7 +49,9 @@ def batch_budget(model: nn.Module, layers: Sequence[Layer], memory_budget: int, 
     one = sequence_length * budget.bytes_per_token + budget.bytes_per_sequence
     if one > budget.memory_bytes:
         needed = -(-(parameters + resident_bytes + one) // 2**20)
-        raise RequestError(f"resources.memory_budget is too small: the model, its factors and one sequence need {needed:,} MiB")
+        raise RequestError(
+            f"resources.memory_budget is too small: the model, its factors and one sequence need {needed:,} MiB (--memory-budget raises it)"
+        )
     return budget
 
 

@@ -145,7 +145,7 @@ class RunConfig(Section):
 class ResourcesConfig(Section):
     """What the work may use. None of this changes results."""
 
-    memory_budget: Bytes = Field(4 * 2**30, description="memory per worker for model, factors and batches; batches are chosen to fit")
+    memory_budget: Bytes = Field(16 * 2**30, description="memory per worker for model, factors and batches; batches are chosen to fit")
     workers: int = Field(0, ge=0, description="Ray workers; 0 runs everything in this process")
     gpus_per_worker: float | None = Field(
         None, ge=0, description="GPUs each Ray worker asks for; left out, one where the cluster has one for each worker"
@@ -231,12 +231,12 @@ def _with_resolved_paths(config: Config) -> Config:
     if Path(model.name).is_dir() or model.name.startswith((".", "~")):
         model = model.model_copy(update={"name": str(Path(model.name).expanduser().resolve())})
     files = [_absolute(name) for name in config.data.files]
-    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).expanduser().resolve())})
     return config.model_copy(update={"model": model, "data": config.data.model_copy(update={"files": files}), "run": run})
 
 
 def _absolute(name: str) -> str:
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists() or any(mark in name for mark in "*?[") or path.suffix:
         return str(path if path.is_absolute() else Path.cwd() / path)
     return name

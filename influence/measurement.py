@@ -19,6 +19,8 @@ class Measurement:
     prompt: str
     completion: str
     contrast: str | None
+    span: tuple[int, int] | None = None  # which of the completion's tokens, when not all
+    input_ids: list[int] | None = None  # when tokens were asked for instead of text
     parts: tuple[tuple[float, TrainingSequence], ...]
 
 
@@ -45,7 +47,7 @@ def measure_completion(
         if not contrast or contrast == completion:
             raise RequestError("the contrast must be another completion, not empty and not the same")
         parts.append((-1.0, _query_sequence(tokenizer, prompt, contrast, None, longest)))
-    return Measurement(prompt=prompt, completion=completion, contrast=contrast, parts=tuple(parts))
+    return Measurement(prompt=prompt, completion=completion, contrast=contrast, span=span, parts=tuple(parts))
 
 
 def measure_tokens(tokenizer: Any, ids: list[int], *, longest: int | None = None) -> Measurement:
@@ -57,7 +59,7 @@ def measure_tokens(tokenizer: Any, ids: list[int], *, longest: int | None = None
     sequence = _checked(
         TrainingSequence(id="query", document="query", tokens=np.array(ids, np.int32), counted=counted, text=text, metadata={}), longest
     )
-    return Measurement(prompt="", completion=text, contrast=None, parts=((1.0, sequence),))
+    return Measurement(prompt="", completion=text, contrast=None, input_ids=ids, parts=((1.0, sequence),))
 
 
 def _query_sequence(tokenizer: Any, prompt: str, completion: str, span: tuple[int, int] | None, longest: int | None) -> TrainingSequence:

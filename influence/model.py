@@ -63,7 +63,7 @@ def model_fingerprint(model: nn.Module) -> str:
     total = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         total.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
-        total.update(parameter.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+        total.update(parameter.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return "sha256:" + total.hexdigest()
 
 

@@ -70,8 +70,10 @@ class InfluenceResult:
         """One row a ranked sequence: rank, id, score, text and metadata."""
         import pandas as pd
 
-        rows = [{"rank": s.rank, "id": s.id, "score": s.score, "text": s.text, **s.metadata} for s in self.sequences]
-        return pd.DataFrame(rows)
+        columns = ["rank", "id", "score", "text"]
+        rows = [{**s.metadata, "rank": s.rank, "id": s.id, "score": s.score, "text": s.text} for s in self.sequences]
+        frame = pd.DataFrame(rows)
+        return frame[columns + [name for name in frame.columns if name not in columns]]
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""

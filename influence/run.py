@@ -57,7 +57,7 @@ class QueryOptions:
 class Run:
     """What one run directory holds. Loaded lazily and kept; nothing is changed but kept answers."""
 
-    def __init__(self, path: Path | str, *, model: str | None = None, memory_budget: int = 4 * 2**30) -> None:
+    def __init__(self, path: Path | str, *, model: str | None = None, memory_budget: int = 16 * 2**30) -> None:
         self.directory = RunDirectory(Path(path))
         self.description = self.directory.describe()
         self.fingerprints = artifacts.stage_fingerprints(self.description)
@@ -196,7 +196,16 @@ class Run:
         return self.answer([self.measure(prompt, completion, contrast=contrast, span=span)], QueryOptions(**options))[0]
 
     def answer(self, measurements: Sequence[Measurement], options: QueryOptions, progress: Progress = _ignore) -> list[InfluenceResult]:
-        """One result for each measurement: candidates from the index, reranked exactly, or an exact scan of everything."""
+        """One result for each measurement: candidates from the index, reranked exactly, or an exact scan of everything.
+
+        Works through as many at a time as have gradients that fit into a quarter of the memory budget.
+        """
+        attributed_parameters = sum(layer.shape[0] * layer.shape[1] for layer in self.coverage.layers)
+        at_once = max(1, self.memory_budget // 4 // (8 * attributed_parameters))
+        groups = [measurements[first : first + at_once] for first in range(0, len(measurements), at_once)]
+        return [result for group in groups for result in self._answer_together(group, options, progress)]
+
+    def _answer_together(self, measurements: Sequence[Measurement], options: QueryOptions, progress: Progress) -> list[InfluenceResult]:
         start = time.perf_counter()
         attributed = self._selected(options.layers)
         found = query_gradients(attributed, measurements)
@@ -212,12 +221,14 @@ class Run:
             index = self.normalized_index if options.normalize else self.index
             numbers = index.search(np.float32(sign) * rows, max(options.candidates, options.k)).numbers
         results = []
+        shared = (time.perf_counter() - start) / len(measurements)
         for place, measurement in enumerate(measurements):
+            began = time.perf_counter()
             chosen = [int(number) for number in numbers[place]]
             one = {name: vector[place] for name, vector in preconditioned.items()}
             scores = score_sequences(attributed, one, [self.store[number] for number in chosen]).times(weights[chosen])
             ranking = _Ranking(chosen, scores, np.argsort(-sign * scores.totals, kind="stable")[: options.k])
-            seconds = (time.perf_counter() - start) / len(measurements)
+            seconds = shared + time.perf_counter() - began
             results.append(
                 self._result(measurement, options, attributed, found.log_probabilities[place], ranking, estimates[place], seconds)
             )
@@ -280,7 +291,7 @@ class Run:
             "excluded": self.coverage.excluded
             | {layer.name: "not selected by the query" for layer in self.coverage.layers if layer not in attributed.layers},
         }
-        provenance = self._provenance(options, seconds, len(ranking.numbers))
+        provenance = self._provenance(options, seconds, len(ranking.numbers), measurement.contrast is None and measurement.span is None)
         query = self._query_facts(measurement, log_probabilities)
         identifier = digest(
             [{**query, "token_log_probabilities": None, "log_probability": None}, vars(options), self.fingerprints["rows"]]
@@ -300,8 +311,9 @@ class Run:
         _, shown = measurement.parts[0]
         weights = [weight for weight, _ in measurement.parts]
         facts: dict[str, Any] = {"prompt": measurement.prompt, "completion": measurement.completion}
-        if measurement.contrast is not None:
-            facts["contrast"] = measurement.contrast
+        for name in ("contrast", "span", "input_ids"):
+            if getattr(measurement, name) is not None:
+                facts[name] = getattr(measurement, name)
         return facts | {
             "log_probability": float(sum(weight * part.sum() for weight, part in zip(weights, log_probabilities, strict=True))),
             "tokens": self.token_texts(shown.tokens),
@@ -310,13 +322,14 @@ class Run:
             ],
         }
 
-    def _provenance(self, options: QueryOptions, seconds: float, num_reranked: int) -> dict[str, Any]:
+    def _provenance(self, options: QueryOptions, seconds: float, num_reranked: int, ordinary: bool) -> dict[str, Any]:
+        """`ordinary`: the query is of the kind that recall was measured with, the log-probability of all of a completion."""
         made_from = self.description["fingerprints"]
         damping = self.description["settings"]["factors"]["damping"]
         recall = None
         if options.exact:
             recall = 1.0
-        elif not options.layers and self.measured_recall.get("candidates") == options.candidates:
+        elif ordinary and not options.layers and not options.opponents and self.measured_recall.get("candidates") == options.candidates:
             recall = self.measured_recall["recall_at_10_normalized" if options.normalize else "recall_at_10"]
         return {
             "run": str(self.directory),

@@ -161,7 +161,9 @@ def write_sequences(directory: Path, sequences: Iterable[TrainingSequence], per_
     def kept() -> Iterator[TrainingSequence]:
         for sequence in sequences:
             if sequence.id in seen:
-                raise RequestError(f"the id {sequence.id!r} comes twice in the data: ids must differ (data.id names their column)")
+                raise RequestError(
+                    f"the id {sequence.id!r} comes twice in the data: ids must differ (data.id names their column; without one, row numbers are ids)"
+                )
             seen.add(sequence.id)
             if sequence.counted.any():
                 yield sequence

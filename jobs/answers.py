@@ -69,11 +69,21 @@ def keep_answers(run: Run, results: list[InfluenceResult], opponents: bool) -> N
 
 
 def asked_before(run: Run) -> Asked:
-    asked = [(answer["id"], answer["query"]) for answer in run.directory.answers() if "contrast" not in answer["query"]]
+    asked = [(answer["id"], answer["query"]) for answer in run.directory.answers()]
     if not asked:
         raise RequestError(f"nothing was asked of {run.directory} yet: give a prompt and a completion, or --queries FILE")
-    unique = {(query["prompt"], query["completion"]): name for name, query in asked[-20:]}
-    return [(name, run.measure(prompt, completion)) for (prompt, completion), name in unique.items()]
+    what = ("prompt", "completion", "contrast", "span", "input_ids")
+    latest = {json.dumps([query.get(key) for key in what]): (name, query) for name, query in asked}
+    return [(name, _asked_again(run, query)) for name, query in list(latest.values())[-20:]]
+
+
+def _asked_again(run: Run, query: dict[str, Any]) -> Measurement:
+    if "input_ids" in query:
+        return measure_tokens(run.tokenizer, query["input_ids"], longest=longest_sequence(run.language_model.model))
+    span = query.get("span")
+    return run.measure(
+        query["prompt"], query["completion"], contrast=query.get("contrast"), span=(int(span[0]), int(span[1])) if span else None
+    )
 
 
 def measurements_of(
@@ -99,7 +109,7 @@ def _parse_span(span: str | None) -> tuple[int, int] | None:
 
 def _read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     found = []

@@ -154,7 +154,7 @@ def query(
     normalize: Normalize = False,
     bm25: Annotated[bool, typer.Option("--bm25", help="show each sequence's rank in lexical search")] = False,
     model: ModelOption = None,
-    memory_budget: Memory = "4GiB",
+    memory_budget: Memory = "16GiB",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -188,7 +188,7 @@ def report(
     normalize: Normalize = False,
     out: Annotated[Path | None, typer.Option("--out", help="the HTML file; report.html in the run directory when left out")] = None,
     model: ModelOption = None,
-    memory_budget: Memory = "4GiB",
+    memory_budget: Memory = "16GiB",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -198,8 +198,8 @@ def report(
     """
     opened = _open(run, model, memory_budget)
     nothing_asked = prompt is None and queries is None
-    asked = asked_before(opened) if nothing_asked else measurements_of(opened, prompt, completion, None, None, queries)
     page = writable_page(out or opened.directory.path / "report.html")
+    asked = asked_before(opened) if nothing_asked else measurements_of(opened, prompt, completion, None, None, queries)
     answers = answers_with_opponents(opened, asked, QueryOptions(k=k, exact=exact, normalize=normalize, bm25=True))
     write_page(page, answers, opened)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from influence.config import Config
 from influence.errors import RequestError
 from influence.run import Run
-from jobs.stages import Stage, do_unit
+from jobs.stages import STAGES, Stage, do_unit
 
 Done = Callable[[str], None]
 """Called with the name of each unit that is finished."""
@@ -39,14 +39,17 @@ class Worker:
 
         torch.set_num_threads(num_threads)
         self.config = config
-        self.run = Run(config.run.dir, memory_budget=config.resources.memory_budget)
+        self.run: Run | None = None
+
+    def ready(self) -> None:
+        """Returns once the worker has a place to run."""
 
     def do(self, stage_name: str, unit: str) -> str | None:
         """None when the unit is done; the message when the request was wrong, which no other worker would see differently."""
-        from jobs.stages import STAGES
-
         stage = next(stage for stage in STAGES if stage.name == stage_name)
         try:
+            if self.run is None:
+                self.run = Run(self.config.run.dir, memory_budget=self.config.resources.memory_budget)
             do_unit(stage, self.run, self.config, unit)
         except RequestError as error:
             return str(error)
@@ -65,7 +68,12 @@ class OnRay:
         share = ray.cluster_resources().get("CPU", 1) / num_workers
         threads = max(1, int(share))
         # More workers than CPUs share them: asking for a whole one each would leave some waiting for ever.
-        options = {"num_cpus": min(share, threads), "num_gpus": self._gpus_per_worker(num_workers)}
+        gpus = self._gpus_per_worker(num_workers)
+        if config.resources.address is None and gpus * num_workers > ray.cluster_resources().get("GPU", 0):
+            raise RequestError(
+                f"{num_workers} workers with {gpus:g} GPUs each do not fit on this machine: lower resources.gpus_per_worker or workers"
+            )
+        options = {"num_cpus": min(share, threads), "num_gpus": gpus}
         self._new_worker: Any = ray.remote(Worker).options(**options)
         self._threads = threads
         self.workers: list[Any] = [self._start() for _ in range(num_workers)]
@@ -85,24 +93,32 @@ class OnRay:
 
     def do(self, stage: Stage, units: Sequence[str], done: Done) -> None:
         waiting = [(unit, 1) for unit in reversed(units)]
-        idle = list(self.workers)
+        # Units go to workers that run already: one that the cluster has no place for keeps nothing waiting.
+        idle: list[Any] = []
+        starting = {worker.ready.remote(): worker for worker in self.workers}
         running: dict[Any, tuple[Any, str, int]] = {}
         try:
             while waiting or running:
                 while waiting and idle:
                     worker, (unit, attempt) = idle.pop(), waiting.pop()
                     running[worker.do.remote(stage.name, unit)] = (worker, unit, attempt)
-                finished, _ = self._ray.wait(list(running), num_returns=1)
+                finished, _ = self._ray.wait([*running, *starting], num_returns=1)
+                if finished[0] in starting:
+                    idle.append(starting.pop(finished[0]))  # whether it did start shows with its first unit
+                    continue
                 worker, unit, attempt = running.pop(finished[0])
                 try:
                     refusal = self._ray.get(finished[0])
                 except self._ray.exceptions.RayActorError as error:
                     if attempt == self.TRIES:
                         raise RuntimeError(f"{stage.name}/{unit} failed {attempt} times; last: {_first_line(error)}") from error
+                    self._ray.kill(worker)  # it may still hold its place, if it was only unreachable
                     self.workers[self.workers.index(worker)] = fresh = self._start()
-                    idle.append(fresh)
+                    starting[fresh.ready.remote()] = fresh
                     waiting.append((unit, attempt + 1))
                     continue
+                except self._ray.exceptions.RayTaskError as error:
+                    raise RuntimeError(f"{stage.name}/{unit}: {_first_line(error.cause)}") from error
                 if refusal is not None:
                     raise RequestError(refusal)
                 idle.append(worker)

@@ -5,7 +5,7 @@ directory and returns how to write its own output; who calls it, in which proces
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -18,6 +18,7 @@ import torch
 from ekfac import (
     Covariance,
     EigenvalueSum,
+    SequenceBatch,
     attributable_layers,
     covariance_pass,
     drawn_label_loss,
@@ -57,6 +58,7 @@ from influence.sequences import TrainingSequence, tokenize, write_sequences
 
 Write = Callable[[Path], None]
 RECALL_DEPTH = 10
+MOST_FIT_GROUPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,18 @@ def _layers(run: Run, config: Config, _: str) -> Write:
     return lambda directory: write_layers(directory, coverage)
 
 
+def _fit_groups(run: Run) -> Sequence[str]:
+    """The units of the two passes that fit factors: a few groups of shards, because each leaves sums as large as the factors on disk."""
+    return [f"part-{group:05d}" for group in range(min(MOST_FIT_GROUPS, run.store.num_shards))]
+
+
+def _fit_batches(run: Run, unit: str) -> Iterator[SequenceBatch]:
+    groups = np.array_split(np.arange(run.store.num_shards), len(_fit_groups(run)))
+    for shard in groups[_shard_number(unit)]:
+        for _, batch in in_batches(fitted_sequences(run, int(shard)), run.attributed.budget, run.attributed.device):
+            yield batch
+
+
 def fitted_sequences(run: Run, shard: int) -> list[TrainingSequence]:
     """The sequences of a shard that factors are fitted on: those whose ids have the smallest hashes among all."""
     wanted = run.factors_config.sequences
@@ -161,15 +175,14 @@ def fitted_sequences(run: Run, shard: int) -> list[TrainingSequence]:
 
 def _covariances(run: Run, _: Config, unit: str) -> Write:
     attributed, loss = run.attributed, drawn_label_loss(run.factors_config.seed)
-    sequences = fitted_sequences(run, _shard_number(unit))
-    batches = (batch for _, batch in in_batches(sequences, attributed.budget, attributed.device))
+    batches = _fit_batches(run, unit)
     parts = covariance_pass(attributed.model, attributed.layers, batches, loss, reached_positions)
     return lambda directory: write_covariances(directory, parts)
 
 
 def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
-    parts = [read_covariance(run.path_of("covariances", shard), unit) for shard in run.shards]
-    total: Covariance = reduce(add, [part for part in parts if part is not None])
+    parts = (read_covariance(run.path_of("covariances", group), unit) for group in _fit_groups(run))
+    total: Covariance = reduce(add, (part for part in parts if part is not None))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     basis = eigenbasis(Covariance(total=total.total.to(device), num_positions=total.num_positions))
     dtype = torch.float64 if run.model_config.dtype == "float64" else torch.float32
@@ -178,14 +191,13 @@ def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
 
 def _eigenvalues(run: Run, _: Config, unit: str) -> Write:
     attributed, loss = run.attributed, drawn_label_loss(run.factors_config.seed)
-    sequences = fitted_sequences(run, _shard_number(unit))
-    batches = (batch for _, batch in in_batches(sequences, attributed.budget, attributed.device))
+    batches = _fit_batches(run, unit)
     sums = eigenvalue_pass(attributed.model, attributed.layers, run.eigenvectors, batches, loss, reached_positions)
     return lambda directory: write_eigenvalues(directory, sums)
 
 
 def _factors(run: Run, config: Config, _: str) -> Write:
-    sums: Mapping[str, EigenvalueSum] = reduce(merge, [read_eigenvalues(run.path_of("eigenvalues", shard)) for shard in run.shards])
+    sums: Mapping[str, EigenvalueSum] = reduce(merge, (read_eigenvalues(run.path_of("eigenvalues", group)) for group in _fit_groups(run)))
     damping = config.factors.as_damping()
     dtype = "float64" if run.model_config.dtype == "float64" else "float32"
     nothing = Eigenbasis(values=torch.empty(0), vectors=torch.empty((0, 0)))  # eigenvectors have files of their own
@@ -199,7 +211,11 @@ def _rows(run: Run, _: Config, unit: str) -> Write:
     self_influence = np.empty(len(sequences), dtype=np.float64)
     for members, batch in in_batches(sequences, attributed.budget, attributed.device):
         found, own = feature_rows(attributed.model, attributed.layers, run.factors, run.features, run.signs, true_label_loss, batch)
-        rows[members], self_influence[members] = encode_rows(found), own.cpu().numpy()
+        try:
+            rows[members], self_influence[members] = encode_rows(found), own.cpu().numpy()
+        except ValueError as error:
+            names = ", ".join(sequences[member].id for member in members[:3])
+            raise RequestError(f"{error}, in the batch of {names}, …: raise factors.damping") from None
 
     def write(directory: Path) -> None:
         np.save(directory / "rows.npy", rows, allow_pickle=False)
@@ -211,10 +227,9 @@ def _rows(run: Run, _: Config, unit: str) -> Write:
 def recall_queries(run: Run) -> list[tuple[int, Measurement]]:
     """Training sequences that serve as queries: (number, measurement of the log-probability of the second half given the first).
 
-    As many as asked for, and as fit into a quarter of the memory budget; chosen by hash of their ids among those with two counted tokens.
+    Chosen by hash of their ids among those with two counted tokens.
     """
-    gradient_bytes = 4 * sum(layer.shape[0] * layer.shape[1] for layer in run.coverage.layers)
-    wanted = min(run.index_config.recall_queries, max(1, run.memory_budget // 4 // gradient_bytes))
+    wanted = run.index_config.recall_queries
     bits = keyed_bits(run.index_config.seed, np.array([key_of(name) for name in run.store.ids], dtype=np.uint64), 1)[:, 0]
     chosen: list[tuple[int, Measurement]] = []
     for number in np.argsort(bits, kind="stable").tolist():
@@ -273,9 +288,9 @@ def _without(numbers: np.ndarray[Any, Any], number: int) -> list[int]:
 STAGES = (
     Stage(name="sequences", title="reading and tokenizing data", units=_everything, work=_sequences),
     Stage(name="layers", title="finding layers", units=_everything, work=_layers),
-    Stage(name="covariances", title="covariances", units=_shards, work=_covariances),
+    Stage(name="covariances", title="covariances", units=_fit_groups, work=_covariances),
     Stage(name="eigenbases", title="eigenbases", units=_covariance_names, work=_eigenbasis),
-    Stage(name="eigenvalues", title="corrected eigenvalues", units=_shards, work=_eigenvalues),
+    Stage(name="eigenvalues", title="corrected eigenvalues", units=_fit_groups, work=_eigenvalues),
     Stage(name="factors", title="factors", units=_everything, work=_factors),
     Stage(name="rows", title="index rows", units=_shards, work=_rows),
     Stage(name="scans", title="exact scan of sample queries", units=_scan_units, work=_scan),

@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from influence.errors import RequestError
 from influence.sequences import TrainingSequence
 from jobs.driver import run_all
 from jobs.executors import OnRay, ray_cluster
-from jobs.stages import STAGES, create_run, do_unit, fitted_sequences
+from jobs.stages import MOST_FIT_GROUPS, STAGES, create_run, do_unit, fitted_sequences
 
 QUERY = ("Oslo lies on the", " Aker. The town")
 
@@ -167,6 +168,29 @@ def test_result_reads_as_a_table(run: Run) -> None:
     assert "<table" in result._repr_html_()
     assert sum(result.layers().values()) == pytest.approx(sum(s.score for s in result.sequences), rel=1e-6)
     assert json.loads(json.dumps(result.to_json()))["results"][0]["id"] == result.sequences[0].id
+
+
+def test_query_on_a_span_is_another_query(run: Run) -> None:
+    whole, first = run.query(*QUERY, k=1), run.query(*QUERY, k=1, span=(0, 1))
+    assert whole.id != first.id
+    assert first.query["span"] == (0, 1)
+    assert whole.provenance["recall_at_10"] is not None
+    assert first.provenance["recall_at_10"] is None  # recall was measured with whole completions
+
+
+def test_metadata_never_stands_for_the_score(run: Run) -> None:
+    result = run.query(*QUERY, k=1)
+    sequence = replace(result.sequences[0], metadata={"score": "from the web", "year": 2020})
+    table = replace(result, sequences=(sequence,)).to_pandas()
+    assert table["score"][0] == sequence.score
+    assert list(table.columns) == ["rank", "id", "score", "text", "year"]
+
+
+def test_more_shards_than_fitting_units_give_the_same_scores(run: Run, world: World, tmp_path: Path) -> None:
+    other = run_pipeline(world.settings(tmp_path / "run", data={"sequences_per_shard": 3}))
+    assert other.store.num_shards > MOST_FIT_GROUPS
+    assert len(list((tmp_path / "run" / "covariances").iterdir())) == MOST_FIT_GROUPS
+    assert_same_scores(all_scores(run), all_scores(other))
 
 
 # Ray: one local cluster for all of the tests below, since it takes ten seconds and more to start.
