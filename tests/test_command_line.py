@@ -196,7 +196,11 @@ DATA = [
     (LINES + '{"id": "c", "text": 5}\n', {}, "train.jsonl, row 2: column 'text' holds int, expected text"),
     (LINES + '{"id": "c", "text": null}\n', {}, "train.jsonl, row 2: column 'text' holds NoneType, expected text"),
     (LINES + '{"id": "c", "text": "half \\ud83d"}\n', {}, "train.jsonl, row 2: column 'text' holds half a character ('\\ud83d'"),
-    (LINES + LINES, {}, "the id 'a' comes twice in the data: ids must differ (data.id names their column; without one, row numbers are ids)"),
+    (
+        LINES + LINES,
+        {},
+        "the id 'a' comes twice in the data: ids must differ (data.id names their column; without one, row numbers are ids)",
+    ),
     (LINES, {"metadata": ["year"]}, "train.jsonl, row 0: no column 'year' for metadata; there are: id, text"),
     (LINES, {"prompt": "text", "completion": "c"}, "train.jsonl, row 0: no column 'c'; there are: id, text"),
     (LINES, {"input_ids": "ids"}, "train.jsonl, row 0: no column 'ids'; there are: id, text"),
