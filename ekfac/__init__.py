@@ -4,45 +4,73 @@ Knows nothing of files, indexes, Ray or reports.
 """
 
 from ekfac.capture import capture
-from ekfac.fit import assemble, covariance_pass, eigenvalue_pass, fit, input_name, merge, output_name, reached_positions
+from ekfac.fit import assemble, covariance_pass, eigenvalue_pass, fit, merge, of, reached_positions
+from ekfac.gauss_newton import Solution, Vectors, conjugate_gradients, gauss_newton_product
 from ekfac.hashing import key_of, keyed_bits, keyed_uniforms
-from ekfac.kronecker import Covariance, Damping, Eigenbasis, EigenvalueSum, LayerFactors, eigenbasis, layer_factors, rotated_gradients
+from ekfac.kronecker import Covariance, Damping, Eigenbasis, EigenvalueSum, LayerFactors, corrected_eigenvalues, eigenbasis, layer_factors
 from ekfac.language import Loss, SequenceBatch, drawn_label_loss, token_losses, true_label_loss
-from ekfac.layers import Coverage, Layer, attributable_layers, evaluation_mode
-from ekfac.record import Array, LayerIO, inner_products, position_inner_products, sequence_gradients
+from ekfac.layers import Coverage, Layer, attributable_layers, evaluation_mode, matches
+from ekfac.parameters import as_parameters, as_vectors
+from ekfac.record import (
+    BLOCK_NUMBERS,
+    Array,
+    EmbeddingIO,
+    LayerIO,
+    LookupIO,
+    Record,
+    Rows,
+    ScaleIO,
+    gradient_blocks,
+    inner_products,
+    position_inner_products,
+    sequence_gradients,
+)
 
 __all__ = [
+    "BLOCK_NUMBERS",
     "Array",
     "Covariance",
     "Coverage",
     "Damping",
     "Eigenbasis",
     "EigenvalueSum",
+    "EmbeddingIO",
     "Layer",
     "LayerFactors",
     "LayerIO",
+    "LookupIO",
     "Loss",
+    "Record",
+    "Rows",
+    "ScaleIO",
     "SequenceBatch",
+    "Solution",
+    "Vectors",
+    "as_parameters",
+    "as_vectors",
     "assemble",
     "attributable_layers",
     "capture",
+    "conjugate_gradients",
+    "corrected_eigenvalues",
     "covariance_pass",
     "drawn_label_loss",
     "eigenbasis",
     "eigenvalue_pass",
     "evaluation_mode",
     "fit",
+    "gauss_newton_product",
+    "gradient_blocks",
     "inner_products",
-    "input_name",
     "key_of",
     "keyed_bits",
     "keyed_uniforms",
     "layer_factors",
+    "matches",
     "merge",
-    "output_name",
+    "of",
     "position_inner_products",
     "reached_positions",
-    "rotated_gradients",
     "sequence_gradients",
     "token_losses",
     "true_label_loss",

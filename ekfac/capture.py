@@ -1,7 +1,8 @@
 """Capture for torch: every attributed layer's inputs and output gradients, handed over as the backward pass reaches the layer.
 
 The model's parameters need no gradient meanwhile, so no weight gradient is computed; the graph starts at zero probes added to the outputs
-of the first layers. One layer's record lives at a time, and the model is left exactly as it was found.
+of the first layers. One layer's record lives at a time (that of a head tied to its embedding until the embedding is reached), and the model is
+left exactly as it was found.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekfac.layers import Layer, evaluation_mode
-from ekfac.record import LayerIO
+from ekfac.layers import Layer, evaluation_mode, normalized
+from ekfac.record import EmbeddingIO, LayerIO, LookupIO, Record, ScaleIO
 
 
 def capture(
@@ -20,7 +21,7 @@ def capture(
     layers: Sequence[Layer],
     loss: Callable[[], Tensor],
     mask: Tensor,
-    consume: Callable[[Layer, LayerIO], None],
+    consume: Callable[[Layer, Record], None],
 ) -> float:
     """Runs `loss` (a forward pass that returns the summed loss) and its backward pass; returns the loss.
 
@@ -28,53 +29,99 @@ def capture(
     the positions that the loss reaches. Records are float32 at least. Raises ValueError when a layer was called more than once, was not
     reached, or has another number of rows than the mask, and when the loss is not finite.
     """
+    modules = dict(model.named_modules())
+    scales = {layer.name: normalized(modules[layer.name]) for layer in layers if layer.kind == "scale"}
     probes: list[Tensor] = []
-    pending: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    waiting = {layer.name: set(layer.modules) for layer in layers}
 
-    def reached(layer: Layer, gradient: Tensor) -> None:
-        activations = pending.pop(layer.name)
+    def reached(layer: Layer, name: str, gradient: Tensor) -> None:
+        gradients[name] = gradient
+        waiting[layer.name].discard(name)
+        if waiting[layer.name]:
+            return
         with torch.no_grad():
-            consume(layer, _record(layer, activations, gradient, mask))
+            used = {name: (inputs.pop(name), gradients.pop(name)) for name in layer.modules}
+            if layer.kind == "linear":
+                record: Record = _linear_record(layer, *used[layer.name], mask)
+            elif layer.kind == "scale":
+                record = _scale_record(layer, scales[layer.name](used[layer.name][0]), used[layer.name][1], mask)
+            else:
+                record = _embedding_record(layer, used, modules, mask)
+            consume(layer, record)
 
-    def probed(layer: Layer, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        if layer.name in pending:
-            raise ValueError(f"layer {layer.name!r} was called twice in one forward pass: leave it out of the layers")
-        pending[layer.name] = inputs[0].detach()
+    def probed(layer: Layer, name: str, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        if name in inputs:
+            raise ValueError(f"layer {name!r} was called twice in one forward pass: leave it out of the layers")
+        inputs[name] = arguments[0].detach()
+        if len(output) == 1 != len(mask) and isinstance(modules[name], nn.Embedding):  # one row of positions for the whole batch
+            output = output.expand(len(mask), *output.shape[1:])
         if not output.requires_grad:  # nothing before this layer needs a gradient: the graph starts here
             probes.append(torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True))
             output = output + probes[-1]
-        output.register_hook(lambda gradient: reached(layer, gradient))  # type: ignore[no-untyped-call]
+        output.register_hook(lambda gradient: reached(layer, name, gradient))  # type: ignore[no-untyped-call]
         return output
 
-    modules = dict(model.named_modules())
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.enable_grad())
         for layer in layers:
-            hook = modules[layer.name].register_forward_hook(lambda _, inputs, output, layer=layer: probed(layer, inputs, output))
-            stack.callback(hook.remove)
+            for name in layer.modules:
+                hook = modules[name].register_forward_hook(
+                    lambda _, arguments, output, layer=layer, name=name: probed(layer, name, arguments, output)
+                )
+                stack.callback(hook.remove)
         value = loss()
         if not torch.isfinite(value):
             raise ValueError(f"the loss is {value.item()}: the model's weights or its inputs give values that are not finite")
         torch.autograd.grad(value, probes, allow_unused=True)
-    if pending:
-        raise ValueError(f"the backward pass did not reach: {', '.join(sorted(pending))}; leave these out of the layers")
+    if unreached := sorted(name for name, left in waiting.items() if left):
+        raise ValueError(f"the backward pass did not reach: {', '.join(unreached)}; leave these out of the layers")
     return float(value.detach())
 
 
-def _record(layer: Layer, activations: Tensor, gradient: Tensor, mask: Tensor) -> LayerIO:
-    """The normal form, from whatever leading shape the model uses: [N, T, I], [N·T, I] or, for T = 1, [N, I]."""
-    rows = activations.numel() // activations.shape[-1]
+def _linear_record(layer: Layer, activations: Tensor, gradient: Tensor, mask: Tensor) -> LayerIO:
+    return LayerIO(
+        activations=_float(_by_position(layer, activations, mask)),
+        output_gradients=_float(_by_position(layer, gradient, mask)),
+        mask=mask,
+        bias=layer.bias,
+    )
+
+
+def _scale_record(layer: Layer, normalized: Tensor, gradient: Tensor, mask: Tensor) -> ScaleIO:
+    shape = (*mask.shape, -1, layer.outputs)
+    if normalized.shape[:2] != mask.shape:
+        raise ValueError(
+            f"layer {layer.name!r} saw the shape {tuple(normalized.shape)}, but the mask has {tuple(mask.shape)} positions: leave it out"
+        )
+    return ScaleIO(normalized=normalized.reshape(shape), output_gradients=_float(gradient).reshape(shape), mask=mask, bias=layer.bias)
+
+
+def _embedding_record(layer: Layer, used: dict[str, tuple[Tensor, Tensor]], modules: dict[str, nn.Module], mask: Tensor) -> EmbeddingIO:
+    lookup, head = None, None
+    for name, (inputs, gradient) in used.items():
+        module = modules[name]
+        if not isinstance(module, nn.Embedding):
+            head = _linear_record(layer, inputs, gradient, mask)
+            continue
+        rows = layer.lookup_factor * _float(_by_position(layer, gradient, mask))
+        indices = inputs.expand(len(mask), -1) if len(inputs) == 1 else inputs.reshape(mask.shape)
+        if module.padding_idx is not None:  # torch gives this row no gradient
+            rows = rows * (indices != module.padding_idx)[:, :, None]
+        lookup = LookupIO(indices=indices, row_gradients=rows)
+    return EmbeddingIO(lookup=lookup, head=head, mask=mask, num_rows=layer.outputs)
+
+
+def _by_position(layer: Layer, values: Tensor, mask: Tensor) -> Tensor:
+    """[N, T, …] from whatever leading shape the model uses: [N, T, I], [N·T, I] or, for T = 1, [N, I]."""
+    rows = values.numel() // values.shape[-1]
     if rows != mask.numel():
         raise ValueError(
             f"layer {layer.name!r} saw {rows} rows, but the mask has {tuple(mask.shape)} positions: leave it out of the layers"
         )
-    return LayerIO(
-        activations=_float(activations).reshape(*mask.shape, -1),
-        output_gradients=_float(gradient).reshape(*mask.shape, -1),
-        mask=mask,
-        bias=layer.bias,
-    )
+    return values.reshape(*mask.shape, -1)
 
 
 def _float(values: Tensor) -> Tensor:

@@ -20,13 +20,14 @@ from ekfac.kronecker import (
     LayerFactors,
     eigenbasis,
     eigenvalue_sum,
+    feature_covariance,
     input_covariance,
     layer_factors,
     output_covariance,
 )
 from ekfac.language import Loss, SequenceBatch, drawn_label_loss
 from ekfac.layers import Coverage, Layer, attributable_layers
-from ekfac.record import LayerIO
+from ekfac.record import EmbeddingIO, LayerIO, Record
 
 Mask = Callable[[Any], Tensor]
 """batch → [N, T] bool: the positions that the loss reaches."""
@@ -37,6 +38,7 @@ class _Sum(Protocol):
 
 
 S = TypeVar("S", bound=_Sum)
+B = TypeVar("B")
 
 
 def merge(left: Mapping[str, S], right: Mapping[str, S]) -> dict[str, S]:
@@ -52,42 +54,41 @@ def reached_positions(batch: SequenceBatch) -> Tensor:
     return batch.reached
 
 
-def input_name(layer: Layer) -> str:
-    """Under which name the input covariance and eigenbasis of `layer` stand: layers with one input share it."""
-    return f"input:{layer.input_group}"
-
-
-def output_name(layer: Layer) -> str:
-    """Under which name the output-gradient covariance and eigenbasis of `layer` stand."""
-    return f"output:{layer.name}"
-
-
 def covariance_pass(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any], loss: Loss, mask: Mask) -> dict[str, Covariance]:
-    """The covariances of the layers' inputs and output gradients over the batches, by `input_name` and `output_name`."""
+    """The covariances of the layers' inputs and output gradients over the batches, by `Layer.input_name` and `output_name`."""
     totals: dict[str, Covariance] = {}
 
-    def consume(layer: Layer, record: LayerIO) -> None:
-        _add(totals, output_name(layer), output_covariance(record))
-        if layer.name == layer.input_group:
-            _add(totals, input_name(layer), input_covariance(record))
+    def consume(layer: Layer, record: Record) -> None:
+        if isinstance(record, EmbeddingIO):
+            _add(totals, str(layer.input_name), feature_covariance(record))
+        elif isinstance(record, LayerIO):
+            _add(totals, str(layer.output_name), output_covariance(record))
+            if layer.name == layer.input_group:
+                _add(totals, str(layer.input_name), input_covariance(record))
 
+    needed = [layer for layer in layers if layer.input_name]
     for batch in batches:
-        capture(model, layers, partial(loss, model, batch), mask(batch), consume)
+        capture(model, needed, partial(loss, model, batch), mask(batch), consume)
     return totals
 
 
 def eigenvalue_pass(
     model: nn.Module, layers: Sequence[Layer], bases: Mapping[str, Tensor], batches: Iterable[Any], loss: Loss, mask: Mask
 ) -> dict[str, EigenvalueSum]:
-    """The sums behind the corrected eigenvalues, by layer name; `bases` are the eigenvectors by `input_name` and `output_name`."""
+    """The sums behind the corrected eigenvalues, by layer name; `bases` are the eigenvectors by `Layer.input_name` and `output_name`."""
     totals: dict[str, EigenvalueSum] = {}
 
-    def consume(layer: Layer, record: LayerIO) -> None:
-        _add(totals, layer.name, eigenvalue_sum(record, bases[input_name(layer)], bases[output_name(layer)]))
+    def consume(layer: Layer, record: Record) -> None:
+        _add(totals, layer.name, eigenvalue_sum(record, of(bases, layer.input_name), of(bases, layer.output_name), layer.shape))
 
     for batch in batches:
         capture(model, layers, partial(loss, model, batch), mask(batch), consume)
     return totals
+
+
+def of(bases: Mapping[str, B], name: str | None) -> B | None:
+    """The basis of this name; None, which stands for the identity, for a side without one."""
+    return None if name is None else bases[name]
 
 
 def _add(totals: dict[str, S], name: str, part: S) -> None:
@@ -103,7 +104,7 @@ def assemble(
 ) -> dict[str, LayerFactors]:
     """Each layer's factors, by layer name."""
     return {
-        layer.name: layer_factors(bases[input_name(layer)], bases[output_name(layer)], eigenvalues[layer.name], damping, dtype)
+        layer.name: layer_factors(of(bases, layer.input_name), of(bases, layer.output_name), eigenvalues[layer.name], damping, dtype)
         for layer in layers
     }
 

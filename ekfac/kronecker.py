@@ -5,6 +5,9 @@ layer, is approximated as (Q_G ⊗ Q_A) diag(Λ) (Q_G ⊗ Q_A)ᵀ: Q_A and Q_G a
 inputs and output gradients (K-FAC, Martens and Grosse 2015), and Λ are the second moments of per-sequence gradients along those
 axes (George et al. 2018, arXiv 1806.03884; for language models Grosse et al. 2023, arXiv 2308.03296, section 2.4).
 
+A side without eigenvectors (None) has the identity in their place: the rows of an embedding, both sides of a scale. The corrected eigenvalues are
+then second moments for every token and direction of the features, or for every single weight.
+
 Knows neither a framework nor a model nor files; see `record` for the normal form and the letters of shapes.
 """
 
@@ -13,7 +16,7 @@ from typing import Literal
 
 import array_api_compat
 
-from ekfac.record import Array, LayerIO, apply_to_inputs, sequence_gradients
+from ekfac.record import Array, EmbeddingIO, LayerIO, Record, Rows, gradient_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,27 @@ def output_covariance(record: LayerIO) -> Covariance:
     return _covariance(record.output_gradients * weights[:, :, None], record.mask)
 
 
+def feature_covariance(record: EmbeddingIO) -> Covariance:
+    """Σ over counted positions of G_tᵀ G_t, with G_t [O, J] the share of position t in a table's gradient through its head and through its lookup.
+
+    That is ‖output gradient‖² x̄ x̄ᵀ for the head's inputs x̄, and g gᵀ for the gradient g of a looked-up row: [J, J].
+    """
+    parts = []
+    xp = array_api_compat.array_namespace(record.mask)
+    if record.head is not None:
+        norms = xp.sqrt(xp.sum(record.head.output_gradients**2, axis=2))
+        weighted = record.head.activations * norms[:, :, None]
+        parts.append(xp.concat([weighted, norms[:, :, None]], axis=2) if record.head.bias else weighted)
+    if record.lookup is not None:
+        gradients = record.lookup.row_gradients
+        if missing := (parts[0].shape[2] - gradients.shape[2] if parts else 0):  # the column of the head's bias
+            gradients = xp.concat([gradients, xp.zeros_like(gradients[:, :, :missing])], axis=2)
+        parts.append(gradients)
+    weights = xp.astype(record.mask, parts[0].dtype)[:, :, None]
+    covariances = [_covariance(part * weights, record.mask) for part in parts]
+    return Covariance(total=sum(part.total for part in covariances), num_positions=covariances[0].num_positions)
+
+
 def _covariance(masked: Array, mask: Array) -> Covariance:
     xp = array_api_compat.array_namespace(masked)
     flat = xp.reshape(masked, (-1, masked.shape[-1]))
@@ -110,53 +134,63 @@ def eigenbasis(covariance: Covariance) -> Eigenbasis:
     return Eigenbasis(values=values, vectors=vectors * signs)
 
 
-def rotated_gradients(record: LayerIO, input_vectors: Array, output_vectors: Array) -> Array:
-    """Each sequence's gradient in the eigenbasis, Q_Gᵀ G_n Q_A: [N, O, J].
-
-    Rotates the tokens first when that takes fewer multiplications than rotating the gradients, which is decided by the shape alone.
-    """
-    xp = array_api_compat.array_namespace(record.activations)
-    num_positions, inputs, outputs = record.activations.shape[1], input_vectors.shape[0], output_vectors.shape[0]
-    if num_positions * (inputs**2 + outputs**2) < inputs * outputs * (inputs + outputs):
-        rotated_inputs = apply_to_inputs(record, input_vectors)
-        return xp.matmul(xp.matrix_transpose(record.output_gradients @ output_vectors), rotated_inputs)
-    return output_vectors.T @ sequence_gradients(record) @ input_vectors
+def eigenvalue_sum(record: Record, input_vectors: Array | None, output_vectors: Array | None, shape: tuple[int, int]) -> EigenvalueSum:
+    """Σ over sequences of (Q_Gᵀ G_n Q_A)², [O, J] = `shape`, from each sequence's exact gradient summed over its tokens."""
+    xp = array_api_compat.array_namespace(record.mask)
+    total = xp.zeros(shape, dtype=xp.float64, device=array_api_compat.device(record.mask))
+    for rows, block in gradient_blocks(record, input_vectors, output_vectors):
+        total = _add_rows(total, rows, xp.astype(xp.sum(block**2, axis=0), xp.float64))
+    return EigenvalueSum(total=total, num_sequences=record.mask.shape[0])
 
 
-def eigenvalue_sum(record: LayerIO, input_vectors: Array, output_vectors: Array) -> EigenvalueSum:
-    """Σ over sequences of (Q_Gᵀ G_n Q_A)², from each sequence's exact gradient summed over its tokens."""
-    xp = array_api_compat.array_namespace(record.activations)
-    squares = xp.sum(rotated_gradients(record, input_vectors, output_vectors) ** 2, axis=0)
-    return EigenvalueSum(total=xp.astype(squares, xp.float64), num_sequences=record.activations.shape[0])
+def _add_rows(total: Array, rows: Rows, values: Array) -> Array:
+    if array_api_compat.is_jax_array(total):
+        return total.at[rows].add(values)
+    total[rows] += values
+    return total
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFactors:
     """What stands for (G + λI)⁻¹ in one layer. Gradients are [..., O, J] arrays."""
 
-    input_vectors: Array  # [J, J]
-    output_vectors: Array  # [O, O]
+    input_vectors: Array | None  # [J, J]; None stands for the identity
+    output_vectors: Array | None  # [O, O], likewise
     eigenvalues: Array  # [O, J] corrected: mean over sequences of the squared gradient along each axis
     damping: float  # λ, absolute
 
     def rotate(self, gradients: Array) -> Array:
         """Q_Gᵀ V Q_A."""
-        return self.output_vectors.T @ gradients @ self.input_vectors
+        if self.output_vectors is not None:
+            gradients = self.output_vectors.T @ gradients
+        return gradients if self.input_vectors is None else gradients @ self.input_vectors
+
+    def unrotate(self, rotated: Array) -> Array:
+        """Q_G V Q_Aᵀ, which undoes `rotate`."""
+        if self.output_vectors is not None:
+            rotated = self.output_vectors @ rotated
+        return rotated if self.input_vectors is None else rotated @ self.input_vectors.T
 
     def precondition(self, gradients: Array) -> Array:
         """(G + λI)⁻¹ v = Q_G ((Q_Gᵀ V Q_A) / (Λ + λ)) Q_Aᵀ (Grosse et al. 2023, equation 21).
 
         An axis with Λ + λ = 0 gets zero: no fitted sequence has a gradient there, so the inverse is not defined on it.
         """
-        return self.output_vectors @ (self.rotate(gradients) * self.inverse()) @ self.input_vectors.T
+        return self.unrotate(self.rotate(gradients) * self.inverse())
 
     def whiten(self, gradients: Array) -> Array:
         """(Q_Gᵀ V Q_A) / √(Λ + λ), in the eigenbasis: inner products of whitened gradients equal vᵀ (G + λI)⁻¹ w."""
-        return self.whiten_rotated(self.rotate(gradients))
+        return self.rotate(gradients) * self.inverse() ** 0.5
 
-    def whiten_rotated(self, rotated: Array) -> Array:
-        """`whiten` of a gradient that is already in the eigenbasis."""
-        return rotated * self.inverse() ** 0.5
+    def unwhiten(self, vectors: Array) -> Array:
+        """(Q_Gᵀ V Q_A) · √(Λ + λ), in the eigenbasis: its inner product with `whiten` of a gradient is vᵀ gradient."""
+        return self.rotate(vectors) * (self.eigenvalues + self.damping) ** 0.5
+
+    def diagonal(self, weights: Array) -> Array:
+        """The diagonal, in the eigenbasis, of the matrix whose diagonal over the parameters is `weights` [O, J]: (Q_G∘Q_G)ᵀ W (Q_A∘Q_A)."""
+        if self.output_vectors is not None:
+            weights = (self.output_vectors**2).T @ weights
+        return weights if self.input_vectors is None else weights @ self.input_vectors**2
 
     def inverse(self) -> Array:
         """1 / (Λ + λ), [O, J], zero where Λ + λ is zero."""
@@ -171,20 +205,27 @@ class LayerFactors:
         return float(xp.sum(self.eigenvalues * self.inverse()))
 
 
-def layer_factors(
-    input_basis: Eigenbasis, output_basis: Eigenbasis, eigenvalues: EigenvalueSum, damping: Damping, dtype: str = "float32"
-) -> LayerFactors:
-    """The layer's factors from what the passes made. Raises ValueError if no sequence was counted or an eigenvalue is not finite."""
-    xp = array_api_compat.array_namespace(eigenvalues.total)
-    if eigenvalues.num_sequences == 0:
+def corrected_eigenvalues(sums: EigenvalueSum) -> Array:
+    """Λ, [O, J] float64. Raises ValueError if no sequence was counted or an eigenvalue is not finite."""
+    xp = array_api_compat.array_namespace(sums.total)
+    if sums.num_sequences == 0:
         raise ValueError("corrected eigenvalues need at least one sequence")
-    corrected = eigenvalues.total / eigenvalues.num_sequences
+    corrected = sums.total / sums.num_sequences
     if not bool(xp.all(xp.isfinite(corrected))):
         raise ValueError("a corrected eigenvalue is not finite: the model gave non-finite gradients")
+    return corrected
+
+
+def layer_factors(
+    input_basis: Eigenbasis | None, output_basis: Eigenbasis | None, sums: EigenvalueSum, damping: Damping, dtype: str = "float32"
+) -> LayerFactors:
+    """The layer's factors from what the passes made. Raises ValueError if no sequence was counted or an eigenvalue is not finite."""
+    corrected = corrected_eigenvalues(sums)
+    xp = array_api_compat.array_namespace(corrected)
     target = getattr(xp, dtype)
     return LayerFactors(
-        input_vectors=xp.astype(input_basis.vectors, target),
-        output_vectors=xp.astype(output_basis.vectors, target),
+        input_vectors=None if input_basis is None else xp.astype(input_basis.vectors, target),
+        output_vectors=None if output_basis is None else xp.astype(output_basis.vectors, target),
         eigenvalues=xp.astype(corrected, target),
         damping=damping.of(corrected),
     )

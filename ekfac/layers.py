@@ -1,39 +1,56 @@
 """Which layers of a torch model can be attributed, and which parameters are left out and why.
 
-A layer is an `nn.Linear` (or a subclass) or a Hugging Face `Conv1D`. Whether it really takes part, how often, and which layers share
-an input is found by running the model once.
+A layer is linear (`nn.Linear`, a subclass, or a Hugging Face `Conv1D`), an embedding (a table that is looked up, the model's head, or both in
+one when they are tied), or a scale (the elementwise weight and bias of a normalisation, known by what it does and not by its class). Whether it
+really takes part, how often, and which layers share an input is found by running the model once.
 """
 
+import copy
 import fnmatch
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 MAX_FACTOR_SIZE = 20_480
-"""Larger covariances (a vocabulary's) are refused: a float64 matrix of this size takes 3.4 GB, its eigenvectors as much again."""
+"""Larger covariances are refused: a float64 matrix of this size takes 3.4 GB, its eigenvectors as much again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """An attributed layer: its module's name and the shape [outputs, inputs (+ 1)] of its gradient."""
+    """An attributed layer: its modules' names and the shape [outputs, inputs (+ 1)] of its gradient."""
 
     name: str
+    kind: Literal["linear", "embedding", "scale"]
     inputs: int
     outputs: int
+    """Of an embedding, the number of its rows."""
     bias: bool
     input_group: str
-    """Name of the first layer fed the very same tensor: such layers share one input covariance and one eigenbasis."""
+    """Name of the first layer fed the very same tensor: linear layers that share it have one input covariance and one eigenbasis."""
+    modules: tuple[str, ...]
+    """The modules that use the layer's parameters: one, or the embedding and the head that is tied to it."""
+    lookup_factor: float = 1.0
+    """What an embedding's rows are multiplied by when they are looked up."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, J): the shape of the layer's gradient, the bias as its last column."""
         return self.outputs, self.inputs + self.bias
+
+    @property
+    def input_name(self) -> str | None:
+        """Under which name the input covariance and eigenbasis stand, which layers with one input share; None where there are none."""
+        return {"linear": f"input:{self.input_group}", "embedding": f"features:{self.name}", "scale": None}[self.kind]
+
+    @property
+    def output_name(self) -> str | None:
+        """Under which name the output-gradient covariance and eigenbasis stand; None where there are none."""
+        return f"output:{self.name}" if self.kind == "linear" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,71 +70,55 @@ class Coverage:
 def attributable_layers(model: nn.Module, run: Callable[[nn.Module], Any], patterns: Sequence[str] = ("*",)) -> Coverage:
     """The layers of `model` that can be attributed and match one of the glob `patterns`, in the order of the model's modules.
 
-    `run` must call the model once on a small input; it is called without gradients. Raises ValueError when a pattern matches no
-    layer that can be attributed, or nothing is left.
+    A pattern matches a layer by the name of any module that uses its parameters. `run` must call the model once on a small input; it is called
+    without gradients. Raises ValueError when a pattern matches no layer that can be attributed, or nothing is left.
     """
-    candidates: dict[str, nn.Module] = {}
-    excluded: dict[str, str] = {}
-    for name, module, reason in _judged_modules(model):
-        if reason is None:
-            candidates[name] = module
-        else:
-            excluded[name] = reason
-    calls = _calls(model, candidates, run)
-    for name in [name for name in candidates if len(calls[name]) != 1]:
-        del candidates[name]
-        count = len(calls[name])
-        excluded[name] = "not called in the forward pass" if count == 0 else f"called {count} times in one forward pass"
+    modules = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    calls = _calls(model, modules, run)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    judged = {names: _judged(names, modules, calls, head) for names in _sharing(modules)}
+    layers = [layer for layer in judged.values() if isinstance(layer, Layer)]
+    known = [name for layer in layers for name in layer.modules]
     for pattern in patterns:
-        if not fnmatch.filter(candidates, pattern):
-            known = ", ".join(list(candidates)[:3]) or "none"
-            raise ValueError(f"no attributable layer matches {pattern!r}; there are {len(candidates)}, such as: {known}")
-    chosen = [name for name in candidates if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    if not chosen:
-        raise ValueError("the model has no layer that can be attributed (nn.Linear or Conv1D called once in a forward pass)")
-    excluded |= {name: "not selected by the layer patterns" for name in candidates if name not in chosen}
-    layers = _grouped({name: candidates[name] for name in chosen}, {name: calls[name][0] for name in chosen})
-    attributed = sum(layer.outputs * (layer.inputs + layer.bias) for layer in layers)
+        if not fnmatch.filter(known, pattern):
+            raise ValueError(
+                f"no attributable layer matches {pattern!r}; there are {len(layers)}, such as: {', '.join(known[:3]) or 'none'}"
+            )
+    if not layers:
+        raise ValueError("the model has no layer that can be attributed: linear, embedding or scale, called once in a forward pass")
+    chosen = [layer for layer in layers if matches(layer, patterns)]
+    excluded = {name: reason for names, reason in judged.items() if isinstance(reason, str) for name in names}
+    excluded |= {name: "not selected by the layer patterns" for layer in layers if layer not in chosen for name in layer.modules}
     return Coverage(
-        layers=layers, attributed=attributed, total=sum(p.numel() for p in model.parameters()), excluded=dict(sorted(excluded.items()))
+        layers=_grouped(chosen, calls),
+        attributed=sum(layer.shape[0] * layer.shape[1] for layer in chosen),
+        total=sum(p.numel() for p in model.parameters()),
+        excluded=dict(sorted(excluded.items())),
     )
 
 
-def _judged_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
-    """(name, module, reason to leave it out or None) for every module that owns parameters."""
-    owners: dict[int, str] = {}
-    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
-            continue
-        tied = [key for key, p in own.items() if uses[id(p)] > 1]
-        first = {owners.setdefault(id(own[key]), name) for key in tied} - {name}
-        yield name, module, _reason(module, own, tied, first)
+def matches(layer: Layer, patterns: Sequence[str]) -> bool:
+    """Whether a glob matches the name of one of the layer's modules."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in layer.modules for pattern in patterns)
 
 
-def _reason(module: nn.Module, own: dict[str, nn.Parameter], tied: list[str], first: set[str]) -> str | None:
-    if first:
-        return f"tied to {', '.join(sorted(first))}, which is not attributed"
-    if isinstance(module, nn.Embedding):
-        return "embedding: not attributed by this version"
-    if not isinstance(module, nn.Linear | Conv1D):
-        if any(p.ndim >= 3 for p in own.values()):
-            return f"{type(module).__name__}: weights of three dimensions (experts), which no module hook sees"
-        return f"{type(module).__name__}: not a linear layer"
-    if tied:
-        return "its weight is used by another module too"
-    if not module.weight.is_floating_point() or module.weight.ndim != 2:
-        return f"weight of type {module.weight.dtype} (quantized), which has no gradient"
-    if max(module.weight.shape) > MAX_FACTOR_SIZE:
-        return f"a covariance of {max(module.weight.shape):,} × {max(module.weight.shape):,} would be needed"
-    return None
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    inputs: Any  # the first positional argument, None when there was none
+    output: Any
 
 
-def _calls(model: nn.Module, modules: dict[str, nn.Module], run: Callable[[nn.Module], Any]) -> dict[str, list[Tensor]]:
-    """The inputs each module was called with. The tensors are kept until all are known, so that their identities differ."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
-    handles = [module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0])) for name, module in modules.items()]
+def _calls(model: nn.Module, modules: dict[str, nn.Module], run: Callable[[nn.Module], Any]) -> dict[str, list[_Call]]:
+    """What each module was called with and gave. The tensors are kept until all are known, so that their identities differ."""
+    seen: dict[str, list[_Call]] = {name: [] for name in modules}
+
+    def called(name: str, arguments: tuple[Any, ...], output: Any) -> None:
+        seen[name].append(_Call(inputs=arguments[0] if arguments else None, output=output))
+
+    handles = [
+        module.register_forward_hook(lambda _, arguments, output, name=name: called(name, arguments, output))
+        for name, module in modules.items()
+    ]
     try:
         with evaluation_mode(model), torch.no_grad():
             run(model)
@@ -127,16 +128,112 @@ def _calls(model: nn.Module, modules: dict[str, nn.Module], run: Callable[[nn.Mo
     return seen
 
 
-def _grouped(modules: dict[str, nn.Module], inputs: dict[str, Tensor]) -> tuple[Layer, ...]:
-    leaders: dict[tuple[int, bool], str] = {}
-    layers = []
+def _sharing(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ...]]:
+    """The modules in groups that share a parameter, nearly all of them groups of one, in the order of their first members."""
+    names: dict[str, list[str]] = {}
+    groups: dict[int, list[str]] = {}
     for name, module in modules.items():
-        weight: Any = module.weight
-        rows, columns = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
-        bias = module.bias is not None
-        leader = leaders.setdefault((id(inputs[name]), bias), name)
-        layers.append(Layer(name=name, inputs=int(columns), outputs=int(rows), bias=bias, input_group=leader))
-    return tuple(layers)
+        own = [id(p) for p in module.parameters(recurse=False)]
+        group = next((groups[p] for p in own if p in groups), [])
+        group.append(name)
+        groups |= dict.fromkeys(own, group)
+        names.setdefault(group[0], group)
+    return (tuple(group) for group in names.values())
+
+
+def _judged(names: tuple[str, ...], modules: dict[str, nn.Module], calls: dict[str, list[_Call]], head: nn.Module | None) -> Layer | str:
+    """The layer that these modules make, or the reason to leave them out."""
+    for name in names:
+        if len(calls[name]) != 1:
+            count = len(calls[name])
+            return "not called in the forward pass" if count == 0 else f"called {count} times in one forward pass"
+        if any(not p.is_floating_point() for p in modules[name].parameters(recurse=False)):
+            return "quantized weights, which have no gradient"
+        if not isinstance(calls[name][0].inputs, Tensor) or not isinstance(calls[name][0].output, Tensor):
+            return "takes or gives something else than one tensor"
+    tables = [name for name in names if isinstance(modules[name], nn.Embedding)]
+    linear = [name for name in names if isinstance(modules[name], nn.Linear | Conv1D)]
+    if len(names) > 1 and not (len(tables) == len(linear) == 1 and isinstance(modules[linear[0]], nn.Linear)):
+        return f"{', '.join(names)} share their parameters, but are not an embedding and its head"
+    if tables:
+        return _embedding(names, tables[0], linear, modules, calls[tables[0]][0])
+    return _linear(names[0], modules[names[0]], head) if linear else _scale(names[0], modules[names[0]], calls[names[0]][0])
+
+
+def _embedding(names: tuple[str, ...], table: str, heads: list[str], modules: dict[str, nn.Module], call: _Call) -> Layer | str:
+    weight: Any = modules[table].weight
+    rows = weight[call.inputs].detach()
+    factor = float((rows * call.output).sum() / rows.square().sum()) if bool(rows.any()) else 1.0
+    if not torch.allclose(factor * rows, call.output.to(rows.dtype), rtol=1e-2, atol=1e-6):
+        return "embedding: what it gives is not a multiple of its rows"
+    bias = bool(heads) and modules[heads[0]].bias is not None
+    return Layer(
+        name=names[0],
+        kind="embedding",
+        inputs=int(weight.shape[1]),
+        outputs=int(weight.shape[0]),
+        bias=bias,
+        input_group=names[0],
+        modules=names,
+        lookup_factor=1.0 if abs(factor - 1) < 1e-4 else factor,
+    )
+
+
+def _linear(name: str, module: Any, head: nn.Module | None) -> Layer | str:
+    if module.weight.ndim != 2:
+        return f"{type(module).__name__}: its weight has {module.weight.ndim} dimensions"
+    outputs, inputs = (int(size) for size in (module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape)))
+    bias = module.bias is not None
+    table = module is head or outputs > MAX_FACTOR_SIZE  # a row of its own for each of many outputs, and no covariance between them
+    if inputs + bias > MAX_FACTOR_SIZE:
+        return f"a covariance of {inputs + bias:,} × {inputs + bias:,} would be needed"
+    kind: Literal["linear", "embedding"] = "embedding" if table else "linear"
+    return Layer(name=name, kind=kind, inputs=inputs, outputs=outputs, bias=bias, input_group=name, modules=(name,))
+
+
+def _scale(name: str, module: nn.Module, call: _Call) -> Layer | str:
+    """A module whose output is zero-weight output + (what the weight multiplies) · weight + bias, elementwise in the last dimension."""
+    own = dict(module.named_parameters(recurse=False))
+    if any(p.ndim >= 3 for p in own.values()):
+        return f"{type(module).__name__}: weights of three dimensions (experts), which no module hook sees"
+    refusal = f"{type(module).__name__}: neither linear, nor an embedding, nor an elementwise scale"
+    sizes = {p.shape for p in own.values()}
+    if not {"weight"} <= set(own) <= {"weight", "bias"} or sizes != {call.output.shape[-1:]} or call.inputs.shape != call.output.shape:
+        return refusal
+    inputs = call.inputs.to(torch.promote_types(call.inputs.dtype, torch.float32))
+    trial = torch.linspace(0.5, 1.5, call.output.shape[-1]).to(inputs)
+    rest = with_parameters(module, inputs.dtype, 0.0, 0.0)(inputs)
+    expected = rest + normalized(module)(inputs) * trial + (trial if "bias" in own else 0)
+    if not torch.allclose(with_parameters(module, inputs.dtype, trial, trial)(inputs), expected, rtol=1e-3, atol=1e-5):
+        return refusal
+    return Layer(name=name, kind="scale", inputs=1, outputs=call.output.shape[-1], bias="bias" in own, input_group=name, modules=(name,))
+
+
+def normalized(scale: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a scale multiplies by its weight, as a function of its input: the difference that a weight of one makes to a weight of zero."""
+    dtype = torch.promote_types(next(scale.parameters()).dtype, torch.float32)
+    one, zero = with_parameters(scale, dtype, 1.0, 0.0), with_parameters(scale, dtype, 0.0, 0.0)
+    return lambda inputs: one(inputs.to(dtype)) - zero(inputs.to(dtype))
+
+
+@torch.no_grad()
+def with_parameters(scale: nn.Module, dtype: torch.dtype, weight: Tensor | float, bias: Tensor | float) -> nn.Module:
+    """A copy of the module with this weight and bias."""
+    twin: Any = copy.deepcopy(scale).to(dtype)
+    twin.weight.copy_(torch.as_tensor(weight))
+    if getattr(twin, "bias", None) is not None:
+        twin.bias.copy_(torch.as_tensor(bias))
+    return cast(nn.Module, twin)
+
+
+def _grouped(layers: list[Layer], calls: dict[str, list[_Call]]) -> tuple[Layer, ...]:
+    leaders: dict[tuple[int, bool], str] = {}
+    return tuple(
+        replace(layer, input_group=leaders.setdefault((id(calls[layer.name][0].inputs), layer.bias), layer.name))
+        if layer.kind == "linear"
+        else layer
+        for layer in layers
+    )
 
 
 @contextmanager

@@ -1,12 +1,18 @@
 """The normal form of what a layer saw: its inputs and the gradients at its outputs.
 
 Everything after capture is written once, for this form, in array operations that NumPy, torch and JAX share. This module
-knows no framework and no model.
+knows no framework and no model. There are three kinds of layers, and whatever the kind, the gradient of one sequence is a matrix [O, J]:
+
+    linear      weight and bias of a linear map: `LayerIO`
+    embedding   a table with one row a token (or position), looked up, or multiplied by as the model's head, or both when these are tied:
+                `EmbeddingIO`
+    scale       the elementwise weight and bias of a normalisation: `ScaleIO`
 
 Shapes here and in the other modules of this package: N sequences, T positions, I inputs of a layer (without the bias), J = I, or
-I + 1 with a bias, O outputs, Q queries.
+I + 1 with a bias, O outputs (rows of a table), Q queries.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,10 +21,16 @@ import array_api_compat
 Array: TypeAlias = Any
 """An array of NumPy, torch or JAX; all arrays of one call come from the same library and device."""
 
+Rows: TypeAlias = Any
+"""Which rows of [O, J] a block of gradients holds: a slice, or an array of different numbers."""
+
+BLOCK_NUMBERS = 2**23
+"""At most so many numbers of a table's gradients are in memory at once: 32 MiB in float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerIO:
-    """One layer's record for a batch of sequences.
+    """A linear layer's record for a batch of sequences.
 
     The gradient of sequence n's loss with respect to the weight and bias, as one [O, J] matrix, is the sum over positions of
     `output_gradient ⊗ (activation, 1)`. Positions that the loss does not reach have an output gradient of zero.
@@ -28,6 +40,43 @@ class LayerIO:
     output_gradients: Array  # [N, T, O]: derivative of the loss with respect to a zero probe added to the output
     mask: Array  # [N, T] bool: the positions that the loss reaches; covariances count these only
     bias: bool  # whether the layer has a bias: a further input that is always one
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookupIO:
+    """Which row of a table was looked up where, and the derivative of the loss with respect to it."""
+
+    indices: Array  # [N, T] whole numbers below the number of rows
+    row_gradients: Array  # [N, T, I]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingIO:
+    """The record of a table [O, I]: its lookup, its use as a head (a linear layer with the same weight), or both when these are tied.
+
+    The gradient is the sum over positions of `one_hot(index) ⊗ row_gradient`, plus the gradient of the head.
+    """
+
+    lookup: LookupIO | None
+    head: LayerIO | None
+    mask: Array  # [N, T] bool
+    num_rows: int  # O
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleIO:
+    """The record of an elementwise map `normalized · weight (+ bias)`; H is the number of places a position has that share the weights.
+
+    The gradient [O, J] holds the weight's in its first column and the bias's in its second.
+    """
+
+    normalized: Array  # [N, T, H, O]
+    output_gradients: Array  # [N, T, H, O]
+    mask: Array  # [N, T] bool
+    bias: bool
+
+
+Record: TypeAlias = LayerIO | EmbeddingIO | ScaleIO
 
 
 def apply_to_inputs(record: LayerIO, matrix: Array) -> Array:
@@ -40,8 +89,39 @@ def apply_to_inputs(record: LayerIO, matrix: Array) -> Array:
     return record.activations @ matrix[..., :-1, :] + matrix[..., -1:, :]
 
 
-def sequence_gradients(record: LayerIO) -> Array:
-    """Each sequence's exact gradient [N, O, J], summed over its positions. Costs N·T·O·I multiplications."""
+def gradient_blocks(
+    record: Record, input_vectors: Array | None = None, output_vectors: Array | None = None
+) -> Iterator[tuple[Rows, Array]]:
+    """Each sequence's exact gradient, summed over its positions, as (rows, [N, rows, J]); rows that are left out are zero.
+
+    With vectors [J, J] and [O, O] it is rotated: output_vectorsᵀ G input_vectors; None stands for the identity. Linear layers and scales give one
+    block. Tables give several when they are large, and of a mere lookup the rows that occur, so that [N, O, J] is never in memory; their
+    rows cannot be rotated.
+    """
+    if isinstance(record, LayerIO):
+        yield slice(None), _rotated(record, input_vectors, output_vectors)
+    elif isinstance(record, EmbeddingIO):
+        assert output_vectors is None, "the rows of a table are not rotated"
+        yield from _table_blocks(record, input_vectors)
+    else:
+        assert input_vectors is output_vectors is None, "a scale is not rotated"
+        yield slice(None), _scale_gradients(record)
+
+
+def _rotated(record: LayerIO, input_vectors: Array | None, output_vectors: Array | None) -> Array:
+    """Rotates the tokens first when that takes fewer multiplications than rotating the gradients, which is decided by the shape alone."""
+    xp = array_api_compat.array_namespace(record.activations)
+    if input_vectors is None or output_vectors is None:
+        assert input_vectors is output_vectors is None, "linear layers have an eigenbasis on both sides"
+        return _linear_gradients(record)
+    num_positions, inputs, outputs = record.activations.shape[1], input_vectors.shape[0], output_vectors.shape[0]
+    if num_positions * (inputs**2 + outputs**2) < inputs * outputs * (inputs + outputs):
+        rotated_inputs = apply_to_inputs(record, input_vectors)
+        return xp.matmul(xp.matrix_transpose(record.output_gradients @ output_vectors), rotated_inputs)
+    return output_vectors.T @ _linear_gradients(record) @ input_vectors
+
+
+def _linear_gradients(record: LayerIO) -> Array:
     xp = array_api_compat.array_namespace(record.activations)
     gradients = xp.matmul(xp.matrix_transpose(record.output_gradients), record.activations)
     if not record.bias:
@@ -49,14 +129,105 @@ def sequence_gradients(record: LayerIO) -> Array:
     return xp.concat([gradients, xp.sum(record.output_gradients, axis=1)[:, :, None]], axis=2)
 
 
-def inner_products(record: LayerIO, vectors: Array) -> Array:
+def _table_blocks(record: EmbeddingIO, vectors: Array | None) -> Iterator[tuple[Rows, Array]]:
+    xp, device = array_api_compat.array_namespace(record.mask), array_api_compat.device(record.mask)
+    head, lookup = record.head, record.lookup
+    if lookup is not None and vectors is not None:
+        rotated = lookup.row_gradients @ vectors[: lookup.row_gradients.shape[-1], :]
+        lookup = LookupIO(indices=lookup.indices, row_gradients=rotated)
+    if head is None:
+        assert lookup is not None
+        rows, gradients = xp.unique_values(lookup.indices[record.mask]), lookup.row_gradients
+        for some in _blocks_of(rows, gradients):
+            nothing = xp.zeros((gradients.shape[0], some.shape[0], gradients.shape[2]), dtype=gradients.dtype, device=device)
+            yield some, _with_lookups(nothing, lookup, record.mask, some)
+        return
+    inputs = _table_inputs(head, vectors)
+    for some in _blocks_of(xp.arange(record.num_rows, device=device), inputs):
+        outputs = head.output_gradients[:, :, int(some[0]) : int(some[-1]) + 1]
+        block = xp.matmul(xp.matrix_transpose(outputs), inputs)
+        yield some, (block if lookup is None else _with_lookups(block, lookup, record.mask, some))
+
+
+def _blocks_of(rows: Array, features: Array) -> Iterator[Array]:
+    """The rows in parts that keep gradients [N, rows, J] within BLOCK_NUMBERS, for features [N, T, J]."""
+    step = max(1, BLOCK_NUMBERS // (features.shape[0] * features.shape[2]))
+    for first in range(0, rows.shape[0], step):
+        yield rows[first : first + step]
+
+
+def _table_inputs(head: LayerIO, vectors: Array | None) -> Array:
+    if vectors is not None:
+        return apply_to_inputs(head, vectors)
+    xp = array_api_compat.array_namespace(head.activations)
+    return xp.concat([head.activations, xp.ones_like(head.activations[:, :, :1])], axis=2) if head.bias else head.activations
+
+
+def _with_lookups(block: Array, lookup: LookupIO, mask: Array, rows: Array) -> Array:
+    """`block` [N, rows, J] with every looked-up row's gradient added where its row is among the ascending `rows`."""
+    xp = array_api_compat.array_namespace(block)
+    num_sequences, num_rows = block.shape[0], block.shape[1]
+    here = (lookup.indices >= rows[0]) & (lookup.indices <= rows[-1]) & mask
+    sequences = xp.broadcast_to(xp.arange(num_sequences, device=array_api_compat.device(block))[:, None], here.shape)[here]
+    places = sequences * num_rows + xp.searchsorted(rows, lookup.indices[here])
+    added = lookup.row_gradients[here]
+    if missing := block.shape[-1] - added.shape[-1]:  # the head has a bias, which no lookup touches
+        added = xp.concat([added, xp.zeros_like(added[:, :missing])], axis=1)
+    return xp.reshape(_scatter_add(xp.reshape(block, (num_sequences * num_rows, -1)), places, added), block.shape)
+
+
+def _scatter_add(target: Array, places: Array, values: Array) -> Array:
+    """target[places[m]] += values[m], places being repeated or not; `target` may be changed. The array standard has no such function."""
+    if array_api_compat.is_torch_array(target):
+        return target.index_add_(0, places, values)
+    if array_api_compat.is_jax_array(target):
+        return target.at[places].add(values)
+    import numpy as np
+
+    np.add.at(target, places, values)
+    return target
+
+
+def _scale_gradients(record: ScaleIO) -> Array:
+    xp = array_api_compat.array_namespace(record.normalized)
+    weight = xp.sum(record.output_gradients * record.normalized, axis=(1, 2))
+    return xp.stack([weight, xp.sum(record.output_gradients, axis=(1, 2))], axis=2) if record.bias else weight[:, :, None]
+
+
+def sequence_gradients(record: Record) -> Array:
+    """Each sequence's exact gradient [N, O, J], summed over its positions, whole: N·O·J numbers."""
+    xp = array_api_compat.array_namespace(record.mask)
+    if isinstance(record, EmbeddingIO) and record.head is None and record.lookup is not None:
+        device, gradients = array_api_compat.device(record.mask), record.lookup.row_gradients
+        nothing = xp.zeros((record.mask.shape[0], record.num_rows, gradients.shape[-1]), dtype=gradients.dtype, device=device)
+        return _with_lookups(nothing, record.lookup, record.mask, xp.arange(record.num_rows, device=device))
+    return xp.concat([block for _, block in gradient_blocks(record)], axis=1)
+
+
+def inner_products(record: Record, vectors: Array) -> Array:
     """⟨vector q, gradient of sequence n⟩ for vectors [Q, O, J]: an array [Q, N]."""
     xp = array_api_compat.array_namespace(vectors)
-    gradients = sequence_gradients(record)
-    return xp.reshape(vectors, (vectors.shape[0], -1)) @ xp.reshape(gradients, (gradients.shape[0], -1)).T
+    products = xp.zeros((vectors.shape[0], record.mask.shape[0]), dtype=vectors.dtype, device=array_api_compat.device(vectors))
+    for rows, block in gradient_blocks(record):
+        products = products + xp.reshape(vectors[:, rows], (vectors.shape[0], -1)) @ xp.reshape(block, (block.shape[0], -1)).T
+    return products
 
 
-def position_inner_products(record: LayerIO, vector: Array) -> Array:
-    """⟨vector, this position's share of the gradient⟩ for one vector [O, J]: an array [N, T] whose row sums are `inner_products`."""
+def position_inner_products(record: Record, vector: Array) -> Array:
+    """⟨vector, this position's share of the gradient⟩ for one vector [O, J]: an array [N, T] whose row sums are `inner_products`.
+
+    A looked-up row's share stands at the position where its token is the input.
+    """
     xp = array_api_compat.array_namespace(vector)
-    return xp.sum(record.output_gradients * apply_to_inputs(record, xp.matrix_transpose(vector)), axis=-1)
+    if isinstance(record, LayerIO):
+        return xp.sum(record.output_gradients * apply_to_inputs(record, xp.matrix_transpose(vector)), axis=-1)
+    if isinstance(record, ScaleIO):
+        values = record.normalized * vector[:, 0] + (vector[:, 1] if record.bias else 0)
+        return xp.sum(record.output_gradients * values, axis=(2, 3))
+    shares = xp.zeros(record.mask.shape, dtype=vector.dtype, device=array_api_compat.device(vector))
+    if record.head is not None:
+        shares = shares + position_inner_products(record.head, vector)
+    if record.lookup is not None:
+        gradients = record.lookup.row_gradients
+        shares = shares + xp.sum(gradients * vector[:, : gradients.shape[-1]][record.lookup.indices], axis=-1)
+    return shares

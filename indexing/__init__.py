@@ -3,7 +3,7 @@
 Knows factors and rows; knows nothing of texts, tokenizers, run directories or Ray.
 """
 
-from indexing.features import FeatureSpec, LayerBuckets, Spreader, feature_rows, feature_spec, spread_gradients, spreaders
+from indexing.features import FeatureSpec, LayerBuckets, Spreader, feature_rows, feature_spec, query_rows, spreaders
 from indexing.rows import RowShards, encode_rows, open_rows
 from indexing.search import Candidates, FlatIndex, all_scores, best, exact_search, recall
 
@@ -21,7 +21,7 @@ __all__ = [
     "feature_rows",
     "feature_spec",
     "open_rows",
+    "query_rows",
     "recall",
-    "spread_gradients",
     "spreaders",
 ]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ekfac import Layer, LayerFactors, LayerIO, Loss, SequenceBatch, capture, key_of, keyed_bits, rotated_gradients
+from ekfac import Layer, LayerFactors, Loss, Record, Rows, SequenceBatch, capture, gradient_blocks, key_of, keyed_bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,23 +78,24 @@ class Spreader:
     """
 
     def __init__(self, buckets: LayerBuckets, seed: int, device: torch.device) -> None:
-        self.width = buckets.width
+        self.shape, self.start, self.width = buckets.shape, buckets.start, buckets.width
         size = buckets.shape[0] * buckets.shape[1]
         self.exact = buckets.width == size
         if self.exact:
             return
         bits = keyed_bits(seed, np.array([key_of(buckets.name)], dtype=np.uint64), size)[0]
-        places = np.empty(size, dtype=np.int64)
-        places[np.argsort(bits, kind="stable")] = np.arange(size)
-        self.buckets = torch.from_numpy(places % self.width).to(device)
-        self.signs = torch.from_numpy(np.where(bits & np.uint64(1), np.float32(1), np.float32(-1))).to(device)
+        places = np.empty(size, dtype=np.int32)
+        places[np.argsort(bits, kind="stable")] = np.arange(size, dtype=np.int32) % self.width
+        self.buckets = torch.from_numpy(places.reshape(buckets.shape)).to(device)
+        self.signs = torch.from_numpy(np.where(bits & np.uint64(1), np.float32(1), np.float32(-1)).reshape(buckets.shape)).to(device)
 
-    def __call__(self, whitened: Tensor) -> Tensor:
-        """[N, width] from whitened gradients [N, O, J]."""
-        flat = whitened.reshape(len(whitened), -1)
+    def add(self, target: Tensor, rows: Rows, whitened: Tensor) -> None:
+        """Adds these rows of whitened gradients, [N, rows, J], to the layer's range of `target` [N, row length]."""
+        own = target[:, self.start : self.start + self.width]
         if self.exact:
-            return flat
-        return flat.new_zeros((len(flat), self.width)).index_add_(1, self.buckets, flat * self.signs.to(flat.dtype))
+            own.view(-1, *self.shape)[:, rows] += whitened.to(target.dtype)
+        else:
+            own.index_add_(1, self.buckets[rows].flatten(), (whitened.to(target.dtype) * self.signs[rows]).flatten(1))
 
 
 def spreaders(spec: FeatureSpec, device: torch.device) -> dict[str, Spreader]:
@@ -115,27 +116,30 @@ def feature_rows(
 
     One capture pass; one layer's gradients are in memory at a time.
     """
-    places = {buckets.name: buckets for buckets in spec.layers}
-    rows = torch.empty((len(batch.tokens), spec.row_length), device=batch.tokens.device)
+    made = torch.zeros((len(batch.tokens), spec.row_length), device=batch.tokens.device)
     self_influence = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
+    whitening = {name: factor.inverse() ** 0.5 for name, factor in factors.items()}
 
-    def consume(layer: Layer, record: LayerIO) -> None:
-        factor, place = factors[layer.name], places[layer.name]
-        whitened = factor.whiten_rotated(rotated_gradients(record, factor.input_vectors, factor.output_vectors))
-        self_influence.add_(whitened.square().sum((1, 2)))
-        rows[:, place.start : place.start + place.width] = signs[layer.name](whitened)
+    def consume(layer: Layer, record: Record) -> None:
+        factor = factors[layer.name]
+        for rows, rotated in gradient_blocks(record, factor.input_vectors, factor.output_vectors):
+            whitened = rotated * whitening[layer.name][rows]
+            self_influence.add_(whitened.square().sum((1, 2)))
+            signs[layer.name].add(made, rows, whitened)
 
     capture(model, layers, lambda: loss(model, batch), batch.reached, consume)
-    return rows, self_influence
+    return made, self_influence
 
 
-def spread_gradients(
-    gradients: Mapping[str, Tensor], factors: Mapping[str, LayerFactors], spec: FeatureSpec, signs: Mapping[str, Spreader]
+def query_rows(
+    vectors: Mapping[str, Tensor], factors: Mapping[str, LayerFactors], spec: FeatureSpec, signs: Mapping[str, Spreader]
 ) -> NDArray[np.float32]:
-    """Rows [Q, D] of gradients [Q, O, J] that are at hand, in float32; layers that are missing leave zeros, so that only the others are searched."""
-    some = next(iter(gradients.values()))
-    rows = torch.zeros((len(some), spec.row_length), device=some.device)
-    for place in spec.layers:
-        if place.name in gradients:
-            rows[:, place.start : place.start + place.width] = signs[place.name](factors[place.name].whiten(gradients[place.name]))
-    return rows.cpu().numpy()
+    """Rows [Q, D], in float32, whose inner products with sequences' rows estimate ⟨vector q, gradient⟩ for vectors [Q, O, J].
+
+    Of a vector (G + λI)⁻¹∇f that is the whitened ∇f. Layers that are missing leave zeros, so that only the others are searched.
+    """
+    some = next(iter(vectors.values()))
+    made = torch.zeros((len(some), spec.row_length), device=some.device)
+    for name, vector in vectors.items():
+        signs[name].add(made, slice(None), factors[name].unwhiten(vector))
+    return made.cpu().numpy()

@@ -1,10 +1,13 @@
 """Which training examples made this model say that? EK-FAC influence functions for language models, answered from a stored index."""
 
+from influence.answering import QueryOptions, answer, answer_both_ends
 from influence.config import Config, load_config
 from influence.errors import RequestError
 from influence.measurement import Measurement, measure_completion, measure_tokens
+from influence.optimizer_state import save_optimizer_state
+from influence.refinement import RefineOptions
 from influence.result import InfluenceResult, RankedSequence, report_page
-from influence.run import QueryOptions, Run, open_run
+from influence.run import Run, open_run
 
 __all__ = [
     "Config",
@@ -12,11 +15,15 @@ __all__ = [
     "Measurement",
     "QueryOptions",
     "RankedSequence",
+    "RefineOptions",
     "RequestError",
     "Run",
+    "answer",
+    "answer_both_ends",
     "load_config",
     "measure_completion",
     "measure_tokens",
     "open_run",
     "report_page",
+    "save_optimizer_state",
 ]

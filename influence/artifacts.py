@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ekfac import Covariance, Coverage, Eigenbasis, EigenvalueSum, Layer, LayerFactors, input_name, output_name
+from ekfac import Covariance, Coverage, Eigenbasis, EigenvalueSum, Layer, LayerFactors, of
 from influence.run_directory import FORMAT, digest
 
 
@@ -42,7 +42,8 @@ def write_layers(directory: Path, coverage: Coverage) -> None:
 
 def read_layers(directory: Path) -> Coverage:
     content = json.loads((directory / "layers.json").read_text(encoding="utf-8"))
-    return Coverage(**{**content, "layers": tuple(Layer(**layer) for layer in content["layers"])})
+    layers = tuple(Layer(**{**layer, "modules": tuple(layer["modules"])}) for layer in content["layers"])
+    return Coverage(**{**content, "layers": layers})
 
 
 def write_covariances(directory: Path, covariances: Mapping[str, Covariance]) -> None:
@@ -98,8 +99,8 @@ def read_factors(
     with safe_open(directory / "factors.safetensors", framework="pt") as file:
         return {
             layer.name: LayerFactors(
-                input_vectors=bases[input_name(layer)],
-                output_vectors=bases[output_name(layer)],
+                input_vectors=of(bases, layer.input_name),
+                output_vectors=of(bases, layer.output_name),
                 eigenvalues=file.get_tensor(layer.name).to(device),
                 damping=summary[layer.name]["damping"],
             )

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from ekfac import (
     Layer,
     LayerFactors,
-    LayerIO,
+    Record,
     SequenceBatch,
     capture,
+    gradient_blocks,
     inner_products,
     position_inner_products,
-    sequence_gradients,
     token_losses,
     true_label_loss,
 )
@@ -64,6 +64,12 @@ class SequenceScores:
         return np.asarray(self.layers.sum(1))
 
 
+def mean_scores(scores: Sequence[SequenceScores]) -> SequenceScores:
+    """The average of several models' scores of the same sequences for the same query."""
+    layers = np.mean([one.layers for one in scores], axis=0)
+    return SequenceScores(layers=layers, tokens=[np.mean(shares, axis=0) for shares in zip(*(one.tokens for one in scores), strict=True)])
+
+
 def query_gradients(attributed: AttributedModel, measurements: Sequence[Measurement]) -> QueryGradients:
     """The gradients of the measurements in the layers. Costs a capture pass over the queries."""
     device = attributed.device
@@ -91,11 +97,12 @@ def _add_gradients(
         losses.append(token_losses(attributed.model, batch))
         return losses[0].sum()
 
-    def consume(layer: Layer, record: LayerIO) -> None:
-        found = sequence_gradients(record)
-        if layer.name not in gradients:
-            gradients[layer.name] = found.new_zeros((num_queries, *layer.shape))
-        gradients[layer.name].index_add_(0, owners, found * weights.to(found.dtype)[:, None, None])
+    def consume(layer: Layer, record: Record) -> None:
+        for rows, block in gradient_blocks(record):
+            if layer.name not in gradients:
+                gradients[layer.name] = block.new_zeros((num_queries, *layer.shape))
+            queries = block.new_zeros((num_queries, *block.shape[1:])).index_add_(0, owners, block * weights.to(block.dtype)[:, None, None])
+            gradients[layer.name][:, rows] += queries
 
     capture(attributed.model, attributed.layers, loss, batch.reached, consume)
     return np.asarray(losses[0].detach().double().cpu().numpy())
@@ -126,7 +133,7 @@ def _score_batch(
     columns: dict[str, Tensor] = {}
     tokens = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=attributed.device)
 
-    def consume(layer: Layer, record: LayerIO) -> None:
+    def consume(layer: Layer, record: Record) -> None:
         shares = position_inner_products(record, preconditioned[layer.name]).double()
         tokens.add_(shares)
         columns[layer.name] = shares.sum(1)
@@ -151,16 +158,20 @@ def gradient_norms(attributed: AttributedModel, sequences: Sequence[TrainingSequ
     """The Euclidean norm of each sequence's gradient over the layers, [N]."""
     squares = np.zeros(len(sequences))
     for members, batch in in_batches(sequences, attributed.budget, attributed.device):
-        found = _sum_over_layers(attributed, batch, lambda _, record: sequence_gradients(record).square().sum((1, 2)))
+        found = _sum_over_layers(attributed, batch, lambda _, record: _squared_norms(record))
         squares[members] = found.cpu().numpy()
     return np.asarray(np.sqrt(squares))
 
 
-def _sum_over_layers(attributed: AttributedModel, batch: SequenceBatch, of: Callable[[Layer, LayerIO], Tensor]) -> Tensor:
+def _squared_norms(record: Record) -> Tensor:
+    return torch.stack([block.square().sum((1, 2)) for _, block in gradient_blocks(record)]).sum(0)
+
+
+def _sum_over_layers(attributed: AttributedModel, batch: SequenceBatch, of: Callable[[Layer, Record], Tensor]) -> Tensor:
     """Σ over layers of `of(layer, record)` for the true labels of a batch, in float64."""
     parts: list[Tensor] = []
 
-    def consume(layer: Layer, record: LayerIO) -> None:
+    def consume(layer: Layer, record: Record) -> None:
         part = of(layer, record).double()
         parts[:] = [part + parts[0]] if parts else [part]
 

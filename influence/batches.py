@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ekfac import Layer, SequenceBatch, key_of
+from ekfac import BLOCK_NUMBERS, Layer, SequenceBatch, key_of
 from influence.errors import RequestError
 from influence.sequences import TrainingSequence
 
@@ -33,26 +33,39 @@ class BatchBudget:
         return tokens <= self.max_tokens and tokens * self.bytes_per_token + num_sequences * self.bytes_per_sequence <= self.memory_bytes
 
 
-def batch_budget(model: nn.Module, layers: Sequence[Layer], memory_budget: int, resident_bytes: int, sequence_length: int) -> BatchBudget:
-    """The budget for batches beside the model and `resident_bytes` of factors and the like.
+def batch_budget(model: nn.Module, layers: Sequence[Layer], memory_budget: int, sequence_length: int) -> BatchBudget:
+    """The budget for batches beside the model, its factors and what makes rows of them.
 
     Raises RequestError when not even one sequence fits, with the budget that would do.
     """
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    width = sum(layer.inputs + 3 * layer.outputs for layer in layers)
+    resident = parameters + sum(_factor_bytes(layer) for layer in layers)
+    width = sum(_numbers_per_token(layer) for layer in layers)
     budget = BatchBudget(
         max_tokens=MAX_TOKENS[next(model.parameters()).device.type],
-        memory_bytes=memory_budget - parameters - resident_bytes,
+        memory_bytes=memory_budget - resident,
         bytes_per_token=4 * (2 * width + 4 * int(getattr(model.config, "vocab_size", 0))),
-        bytes_per_sequence=4 * 3 * max(layer.shape[0] * layer.shape[1] for layer in layers),
+        bytes_per_sequence=4 * 3 * max(min(layer.shape[0] * layer.shape[1], BLOCK_NUMBERS) for layer in layers),
     )
     one = sequence_length * budget.bytes_per_token + budget.bytes_per_sequence
     if one > budget.memory_bytes:
-        needed = -(-(parameters + resident_bytes + one) // 2**20)
         raise RequestError(
-            f"resources.memory_budget is too small: the model, its factors and one sequence need {needed:,} MiB (--memory-budget raises it)"
+            f"resources.memory_budget is too small: the model, its factors and one sequence need {-(-(resident + one) // 2**20):,} MiB "
+            "(--memory-budget raises it; factors.layers leaves layers out)"
         )
     return budget
+
+
+def _numbers_per_token(layer: Layer) -> int:
+    """Of its record and its rotation."""
+    return {"linear": layer.inputs + 3 * layer.outputs, "embedding": 4 * layer.inputs, "scale": 4 * layer.outputs}[layer.kind]
+
+
+def _factor_bytes(layer: Layer) -> int:
+    """Eigenvectors, and for every weight its corrected eigenvalue, its whitening, and the bucket and sign of its place in a row."""
+    outputs, inputs = layer.shape
+    sides = {"linear": outputs**2 + inputs**2, "embedding": inputs**2, "scale": 0}[layer.kind]
+    return 8 * sides + 20 * outputs * inputs
 
 
 def in_batches(

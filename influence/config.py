@@ -94,6 +94,8 @@ def _parse_damping(value: object) -> object:
 
 
 def _kind_of_damping(value: object) -> str:
+    if value == "optimizer":
+        return "optimizer"
     return "AbsoluteDamping" if isinstance(value, dict | AbsoluteDamping) else "float"
 
 
@@ -105,10 +107,16 @@ class FactorsConfig(Section):
         None, ge=1, description="how many sequences, chosen by hash of their ids, the factors are fitted on; all when left out"
     )
     damping: Annotated[
-        Annotated[float, Field(ge=0, allow_inf_nan=False), Tag("float")] | Annotated[AbsoluteDamping, Tag("AbsoluteDamping")],
+        Annotated[float, Field(ge=0, allow_inf_nan=False), Tag("float")]
+        | Annotated[AbsoluteDamping, Tag("AbsoluteDamping")]
+        | Annotated[Literal["optimizer"], Tag("optimizer")],
         Discriminator(_kind_of_damping),
         BeforeValidator(_parse_damping),
-    ] = Field(0.1, description="relative to each layer's mean corrected eigenvalue; or {absolute: value}, as an option absolute:value")
+    ] = Field(
+        0.1,
+        description="relative to each layer's mean corrected eigenvalue; or {absolute: value}, as an option absolute:value; or optimizer: "
+        "0.1 for EK-FAC, and a state of the optimizer beside the model, for refined answers, is required",
+    )
     seed: int = Field(0, ge=0, description="seed of the labels drawn from the model")
 
     @property
@@ -118,7 +126,7 @@ class FactorsConfig(Section):
     def as_damping(self) -> Damping:
         if isinstance(self.damping, AbsoluteDamping):
             return Damping(value=self.damping.absolute, kind="absolute")
-        return Damping(value=self.damping)
+        return Damping(value=0.1 if self.damping == "optimizer" else self.damping)
 
 
 class IndexConfig(Section):
@@ -204,7 +212,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _explain(item: Mapping[str, Any]) -> str:
     place = [str(part) for part in item["loc"]]
-    key = ".".join(part for part in place if part not in ("AbsoluteDamping", "float"))
+    key = ".".join(part for part in place if part not in ("AbsoluteDamping", "float", "optimizer"))
     if item["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(place[-1], _known_keys(place[:-1]), n=1, cutoff=0.5)
         return f"unknown key {key!r}" + (f"; did you mean {'.'.join([*place[:-1], nearest[0]])!r}?" if nearest else "")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from influence.report import render_report
@@ -20,6 +20,7 @@ class RankedSequence:
     layers: dict[str, float]
     tokens: list[tuple[str, float]]
     bm25_rank: int | None
+    runs: dict[str, float] = field(default_factory=dict)  # the score by each run, in their order, when several were averaged
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -31,7 +32,7 @@ class RankedSequence:
             "layers": self.layers,
             "tokens": [list(token) for token in self.tokens],
             "bm25_rank": self.bm25_rank,
-        }
+        } | ({"runs": self.runs} if self.runs else {})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@
     scans/part-00000/                   exact scores of sample queries
     recall/all/                         the recall measured with them
     answers/<id>.json                   results of queries
+    evaluations/                        what `influence evaluate` measured; below retrained-<id>/ a unit for each retrained model
     progress.json                       what `influence status` shows of work under way
 
 The output of a unit of work is a directory that appears whole, by one rename, with a `record.json` of its fingerprint and the size and
@@ -31,7 +32,7 @@ from typing import Any
 
 from influence.errors import RequestError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout and of every file format in a run directory. Other versions are refused."""
 
 STAGES = ("sequences", "layers", "covariances", "eigenbases", "eigenvalues", "factors", "rows", "scans", "recall")
@@ -197,8 +198,8 @@ class RunDirectory:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
-            for stage in STAGES:
-                for left in (self.path / stage).glob(".partial-*"):
+            for place in (*STAGES, "evaluations/*"):
+                for left in self.path.glob(f"{place}/.partial-*"):
                     shutil.rmtree(left, ignore_errors=True)
             yield
 
@@ -238,10 +239,15 @@ def _read_answer(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that readers see the old content or the new, never a part."""
+    write_file(path, json.dumps(value, ensure_ascii=False, indent=1, sort_keys=False).encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file so that readers see the old content or the new, never a part."""
     descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, ensure_ascii=False, indent=1, sort_keys=False)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         Path(scratch).chmod(0o644)

@@ -5,38 +5,46 @@ Knows runs and files of queries; knows nothing of options or terminals.
 
 import json
 import os
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from influence.answering import Progress, QueryOptions, answer, answer_both_ends, ignore
 from influence.errors import RequestError
-from influence.measurement import Measurement, measure_tokens
-from influence.model import longest_sequence
+from influence.measurement import Measurement
 from influence.result import InfluenceResult, report_page
-from influence.run import QueryOptions, Run
+from influence.run import Run
 from jobs.progress import bar, say
 
 Asked = list[tuple[str, Measurement]]
 """(id of the query, what is measured)."""
 
 
-def answer(run: Run, measurements: list[Measurement], options: QueryOptions) -> list[InfluenceResult]:
-    if not options.exact:
-        return run.answer(measurements, options)
-    with bar("exact scan") as progress:
-        return run.answer(measurements, options, progress.advance)
+def answer_queries(runs: Sequence[Run], asked: Asked, options: QueryOptions) -> list[InfluenceResult]:
+    with _watched(options) as progress:
+        return answer(runs, [measurement for _, measurement in asked], options, progress)
 
 
-def answers_with_opponents(run: Run, asked: Asked, options: QueryOptions) -> list[dict[str, Any]]:
+def answers_with_opponents(runs: Sequence[Run], asked: Asked, options: QueryOptions) -> list[dict[str, Any]]:
     """Each query's answer as JSON, its opponents beside its proponents, as the report shows them."""
-    measurements = [measurement for _, measurement in asked]
-    helping = answer(run, measurements, replace(options, opponents=False))
-    hurting = answer(run, measurements, replace(options, opponents=True))
+    with _watched(options) as progress:
+        both = answer_both_ends(runs, [measurement for _, measurement in asked], options, progress)
     return [
         for_.to_json() | {"id": name, "opponents": against.to_json()["results"]}
-        for (name, _), for_, against in zip(asked, helping, hurting, strict=True)
+        for (name, _), (for_, against) in zip(asked, both, strict=True)
     ]
+
+
+@contextmanager
+def _watched(options: QueryOptions) -> Iterator[Progress]:
+    """A bar for answers that take long: a refinement, and then a scan of everything."""
+    if not (options.exact or options.refine):
+        yield ignore
+        return
+    with bar("refining and scanning" if options.exact and options.refine else "exact scan" if options.exact else "refining") as progress:
+        yield progress.advance
 
 
 def write_page(path: Path, answers: list[dict[str, Any]], run: Run) -> None:
@@ -79,7 +87,7 @@ def asked_before(run: Run) -> Asked:
 
 def _asked_again(run: Run, query: dict[str, Any]) -> Measurement:
     if "input_ids" in query:
-        return measure_tokens(run.tokenizer, query["input_ids"], longest=longest_sequence(run.language_model.model))
+        return run.measure_tokens(query["input_ids"])
     span = query.get("span")
     return run.measure(
         query["prompt"], query["completion"], contrast=query.get("contrast"), span=(int(span[0]), int(span[1])) if span else None
@@ -131,7 +139,7 @@ def _read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
 def _measurement_of(run: Run, item: dict[str, Any], place: str) -> Measurement:
     try:
         if isinstance(item.get("input_ids"), list):
-            return measure_tokens(run.tokenizer, item["input_ids"], longest=longest_sequence(run.language_model.model))
+            return run.measure_tokens(item["input_ids"])
         if isinstance(item.get("text"), str):
             return run.measure("", item["text"])
         if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):

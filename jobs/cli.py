@@ -18,12 +18,15 @@ from rich.table import Table
 from rich.text import Text
 from typer.exceptions import TyperException
 
+from influence.answering import QueryOptions
 from influence.config import load_config, parse_bytes
 from influence.errors import RequestError
+from influence.refinement import RefineOptions
 from influence.result import InfluenceResult
-from influence.run import QueryOptions, Run, open_run
-from jobs.answers import answer, answers_with_opponents, asked_before, keep_answers, measurements_of, writable_page, write_page
+from influence.run import Run, open_run
+from jobs.answers import answer_queries, answers_with_opponents, asked_before, keep_answers, measurements_of, writable_page, write_page
 from jobs.driver import run_all, stage_states
+from jobs.evaluate import evaluate
 from jobs.options import with_config_options
 from jobs.progress import say
 
@@ -33,6 +36,15 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Refine = Annotated[
+    bool, typer.Option("--refine", help="solve with the exact Gauss-Newton Hessian by conjugate gradients, EK-FAC being the preconditioner")
+]
+RefineSteps = Annotated[int, typer.Option("--refine-steps", help="at most so many conjugate-gradient steps")]
+RefineSequences = Annotated[int, typer.Option("--refine-sequences", help="over how many training sequences the exact Hessian is averaged")]
+AlsoRuns = Annotated[
+    list[Path] | None,
+    typer.Option("--also", metavar="RUN", help="average the scores with this run of another checkpoint or training; may be repeated"),
+]
 Normalize = Annotated[bool, typer.Option("--normalize", help="divide each score by √self-influence of its sequence (RelatIF)")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="where the model is now, if it moved; its weights must be the same")]
 Memory = Annotated[str, typer.Option("--memory-budget", help="memory for model, factors and batches")]
@@ -152,7 +164,11 @@ def query(
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="colour each token by its share (red helps, teal hurts)")] = False,
     normalize: Normalize = False,
+    refine: Refine = False,
+    refine_steps: RefineSteps = RefineOptions.steps,
+    refine_sequences: RefineSequences = RefineOptions.sequences,
     bm25: Annotated[bool, typer.Option("--bm25", help="show each sequence's rank in lexical search")] = False,
+    also: AlsoRuns = None,
     model: ModelOption = None,
     memory_budget: Memory = "16GiB",
     as_json: Json = False,
@@ -161,10 +177,17 @@ def query(
     """The most influential training sequences for a completion."""
     opened = _open(run, model, memory_budget)
     options = QueryOptions(
-        k=k, opponents=opponents, exact=exact, layers=tuple(layers or ()), candidates=candidates, normalize=normalize, bm25=bm25
+        k=k,
+        opponents=opponents,
+        exact=exact,
+        layers=tuple(layers or ()),
+        candidates=candidates,
+        normalize=normalize,
+        refine=_refinement(refine, refine_steps, refine_sequences),
+        bm25=bm25,
     )
     asked = measurements_of(opened, prompt, completion, contrast, span, queries)
-    results = answer(opened, [measurement for _, measurement in asked], options)
+    results = answer_queries([opened, *(_open(other, None, memory_budget) for other in also or [])], asked, options)
     keep_answers(opened, results, opponents)
     if queries is not None and as_json:
         _print_json({"queries": [result.to_json() | {"id": name} for (name, _), result in zip(asked, results, strict=True)]})
@@ -186,6 +209,10 @@ def report(
     k: Annotated[int, typer.Option("-k", help="how many sequences on either side")] = 10,
     exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
     normalize: Normalize = False,
+    refine: Refine = False,
+    refine_steps: RefineSteps = RefineOptions.steps,
+    refine_sequences: RefineSequences = RefineOptions.sequences,
+    also: AlsoRuns = None,
     out: Annotated[Path | None, typer.Option("--out", help="the HTML file; report.html in the run directory when left out")] = None,
     model: ModelOption = None,
     memory_budget: Memory = "16GiB",
@@ -200,12 +227,24 @@ def report(
     nothing_asked = prompt is None and queries is None
     page = writable_page(out or opened.directory.path / "report.html")
     asked = asked_before(opened) if nothing_asked else measurements_of(opened, prompt, completion, None, None, queries)
-    answers = answers_with_opponents(opened, asked, QueryOptions(k=k, exact=exact, normalize=normalize, bm25=True))
+    refinement = _refinement(refine, refine_steps, refine_sequences)
+    runs = [opened, *(_open(other, None, memory_budget) for other in also or [])]
+    answers = answers_with_opponents(runs, asked, QueryOptions(k=k, exact=exact, normalize=normalize, refine=refinement, bm25=True))
     write_page(page, answers, opened)
     if as_json:
         _print_json({"report": str(page), "bytes": page.stat().st_size, "queries": answers})
     else:
         print(page)
+
+
+app.command()(evaluate)
+
+
+def _refinement(wanted: bool, steps: int, sequences: int) -> RefineOptions | None:
+    chosen = RefineOptions(steps=steps, sequences=sequences)
+    if not wanted and chosen != RefineOptions():
+        raise RequestError("--refine-steps and --refine-sequences go with --refine")
+    return chosen if wanted else None
 
 
 def _open(run: Path, model: str | None, memory_budget: str) -> Run:

@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-from influence.config import Config
+from influence.config import Config, ResourcesConfig
 from influence.errors import RequestError
 from influence.run import Run
 from jobs.stages import STAGES, Stage, do_unit
@@ -31,45 +31,61 @@ class InThisProcess:
             done(unit)
 
 
-class Worker:
-    """A Ray actor's side: a run of its own, on which it does the units it is given."""
+class Work(Protocol):
+    """What workers can do: a value that is sent to each of them once, and loads what it needs when it is first used."""
 
-    def __init__(self, config: Config, num_threads: int) -> None:
+    def do(self, step: str, unit: str, /) -> None:
+        """Does one unit of a step and leaves its output in the run directory."""
+
+
+class StageWork:
+    """The stages of a run, on a run that is opened once."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.run: Run | None = None
+
+    def do(self, step: str, unit: str) -> None:
+        if self.run is None:
+            self.run = Run(self.config.run.dir, memory_budget=self.config.resources.memory_budget)
+        do_unit(next(stage for stage in STAGES if stage.name == step), self.run, self.config, unit)
+
+
+class Worker:
+    """A Ray actor's side: work of its own, of which it does the units it is given."""
+
+    def __init__(self, work: Work, num_threads: int) -> None:
         import torch
 
         torch.set_num_threads(num_threads)
-        self.config = config
-        self.run: Run | None = None
+        self.work = work
 
     def ready(self) -> None:
         """Returns once the worker has a place to run."""
 
-    def do(self, stage_name: str, unit: str) -> str | None:
+    def do(self, step: str, unit: str) -> str | None:
         """None when the unit is done; the message when the request was wrong, which no other worker would see differently."""
-        stage = next(stage for stage in STAGES if stage.name == stage_name)
         try:
-            if self.run is None:
-                self.run = Run(self.config.run.dir, memory_budget=self.config.resources.memory_budget)
-            do_unit(stage, self.run, self.config, unit)
+            self.work.do(step, unit)
         except RequestError as error:
             return str(error)
         return None
 
 
-class OnRay:
+class RayWorkers:
     """Units flow to whichever worker is free. A worker that dies is replaced, and its unit done again, a few times."""
 
     TRIES = 3
 
-    def __init__(self, config: Config, num_workers: int) -> None:
+    def __init__(self, resources: ResourcesConfig, num_workers: int, work: Work) -> None:
         import ray
 
-        self._ray, self.config = ray, config
+        self._ray, self._work = ray, work
         share = ray.cluster_resources().get("CPU", 1) / num_workers
         threads = max(1, int(share))
         # More workers than CPUs share them: asking for a whole one each would leave some waiting for ever.
-        gpus = self._gpus_per_worker(num_workers)
-        if config.resources.address is None and gpus * num_workers > ray.cluster_resources().get("GPU", 0):
+        gpus = self._gpus_per_worker(resources.gpus_per_worker, num_workers)
+        if resources.address is None and gpus * num_workers > ray.cluster_resources().get("GPU", 0):
             raise RequestError(
                 f"{num_workers} workers with {gpus:g} GPUs each do not fit on this machine: lower resources.gpus_per_worker or workers"
             )
@@ -78,20 +94,20 @@ class OnRay:
         self._threads = threads
         self.workers: list[Any] = [self._start() for _ in range(num_workers)]
 
-    def _gpus_per_worker(self, num_workers: int) -> float:
+    def _gpus_per_worker(self, wanted: float | None, num_workers: int) -> float:
         """A worker sees only the GPUs that it asks for, so one is asked for wherever there are enough."""
-        wanted = self.config.resources.gpus_per_worker
         return wanted if wanted is not None else float(self._ray.cluster_resources().get("GPU", 0) >= num_workers)
 
     def _start(self) -> Any:
-        return self._new_worker.remote(self.config, self._threads)
+        return self._new_worker.remote(self._work, self._threads)
 
     def close(self) -> None:
         """Ends the workers, and gives back what they held."""
         for worker in self.workers:
             self._ray.kill(worker)
 
-    def do(self, stage: Stage, units: Sequence[str], done: Done) -> None:
+    def do_all(self, step: str, units: Sequence[str], done: Done) -> None:
+        """Does all the units of a step, in any order. Raises the first failure."""
         waiting = [(unit, 1) for unit in reversed(units)]
         # Units go to workers that run already: one that the cluster has no place for keeps nothing waiting.
         idle: list[Any] = []
@@ -101,7 +117,7 @@ class OnRay:
             while waiting or running:
                 while waiting and idle:
                     worker, (unit, attempt) = idle.pop(), waiting.pop()
-                    running[worker.do.remote(stage.name, unit)] = (worker, unit, attempt)
+                    running[worker.do.remote(step, unit)] = (worker, unit, attempt)
                 finished, _ = self._ray.wait([*running, *starting], num_returns=1)
                 if finished[0] in starting:
                     idle.append(starting.pop(finished[0]))  # whether it did start shows with its first unit
@@ -111,14 +127,14 @@ class OnRay:
                     refusal = self._ray.get(finished[0])
                 except self._ray.exceptions.RayActorError as error:
                     if attempt == self.TRIES:
-                        raise RuntimeError(f"{stage.name}/{unit} failed {attempt} times; last: {_first_line(error)}") from error
+                        raise RuntimeError(f"{step}/{unit} failed {attempt} times; last: {_first_line(error)}") from error
                     self._ray.kill(worker)  # it may still hold its place, if it was only unreachable
                     self.workers[self.workers.index(worker)] = fresh = self._start()
                     starting[fresh.ready.remote()] = fresh
                     waiting.append((unit, attempt + 1))
                     continue
                 except self._ray.exceptions.RayTaskError as error:
-                    raise RuntimeError(f"{stage.name}/{unit}: {_first_line(error.cause)}") from error
+                    raise RuntimeError(f"{step}/{unit}: {_first_line(error.cause)}") from error
                 if refusal is not None:
                     raise RequestError(refusal)
                 idle.append(worker)
@@ -128,9 +144,24 @@ class OnRay:
                 self._ray.cancel(reference, force=False)
 
 
+class OnRay(RayWorkers):
+    """The stages of a run, by workers that each open it."""
+
+    def __init__(self, config: Config, num_workers: int) -> None:
+        super().__init__(config.resources, num_workers, StageWork(config))
+
+    def do(self, stage: Stage, units: Sequence[str], done: Done) -> None:
+        self.do_all(stage.name, units, done)
+
+
+def ray_cluster(config: Config) -> AbstractContextManager[int]:
+    """`ray_connection` as configured."""
+    return ray_connection(config.resources)
+
+
 @contextmanager
-def ray_cluster(config: Config) -> Iterator[int]:
-    """A connection to the configured Ray cluster, or a local one, for as long as the context lasts; gives the number of workers.
+def ray_connection(resources: ResourcesConfig) -> Iterator[int]:
+    """A connection to the Ray cluster at its address, or a local one, for as long as the context lasts; gives the number of workers.
 
     A connection that exists already is used, and left as it is.
     """
@@ -138,7 +169,7 @@ def ray_cluster(config: Config) -> Iterator[int]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
 
-    address, workers = config.resources.address, config.resources.workers
+    address, workers = resources.address, resources.workers
     if ray.is_initialized():
         yield workers or 1
         return

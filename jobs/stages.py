@@ -24,17 +24,14 @@ from ekfac import (
     drawn_label_loss,
     eigenbasis,
     eigenvalue_pass,
-    input_name,
-    key_of,
-    keyed_bits,
     layer_factors,
     merge,
-    output_name,
     reached_positions,
     true_label_loss,
 )
-from ekfac.kronecker import Eigenbasis
-from indexing import encode_rows, feature_rows, recall, spread_gradients
+from indexing import encode_rows, feature_rows, query_rows, recall
+from influence import optimizer_state
+from influence.answering import QueryOptions
 from influence.artifacts import (
     read_covariance,
     read_eigenvalues,
@@ -52,7 +49,7 @@ from influence.documents import data_fingerprint, read_documents
 from influence.errors import RequestError
 from influence.measurement import Measurement
 from influence.model import LanguageModel, embedded_tokens, load_model, longest_sequence, model_fingerprint, tokenizer_fingerprint
-from influence.run import QueryOptions, Run
+from influence.run import Run
 from influence.run_directory import RunDirectory
 from influence.sequences import TrainingSequence, tokenize, write_sequences
 
@@ -86,6 +83,11 @@ def create_run(config: Config) -> None:
         raise RequestError(
             f"the tokenizer at {config.model.name} has {len(loaded.tokenizer)} tokens, but the model knows {known}: they do not belong together"
         )
+    if config.factors.damping == "optimizer" and not (Path(config.model.name) / optimizer_state.FILE).is_file():
+        raise RequestError(
+            f"factors.damping is optimizer, but there is no {optimizer_state.FILE} in {config.model.name}: "
+            "write it with influence.save_optimizer_state after training"
+        )
     RunDirectory(Path(config.run.dir)).create(
         {
             "settings": config.identity(),
@@ -116,7 +118,7 @@ def _shards(run: Run) -> Sequence[str]:
 
 
 def _covariance_names(run: Run) -> Sequence[str]:
-    return sorted({name for layer in run.coverage.layers for name in (input_name(layer), output_name(layer))})
+    return sorted({name for layer in run.coverage.layers for name in (layer.input_name, layer.output_name) if name})
 
 
 def _shard_number(unit: str) -> int:
@@ -162,15 +164,9 @@ def _fit_batches(run: Run, unit: str) -> Iterator[SequenceBatch]:
 
 
 def fitted_sequences(run: Run, shard: int) -> list[TrainingSequence]:
-    """The sequences of a shard that factors are fitted on: those whose ids have the smallest hashes among all."""
-    wanted = run.factors_config.sequences
-    sequences = run.store.shard(shard)
-    if wanted is None or wanted >= len(run.store):
-        return list(sequences)
-    bits = keyed_bits(run.factors_config.seed, np.array([key_of(name) for name in run.store.ids], dtype=np.uint64), 1)[:, 0]
-    chosen = set(np.argsort(bits, kind="stable")[:wanted].tolist())
+    """The sequences of a shard that factors are fitted on."""
     start = int(run.store.starts[shard])
-    return [sequence for place, sequence in enumerate(sequences) if start + place in chosen]
+    return [sequence for place, sequence in enumerate(run.store.shard(shard)) if run.fitted[start + place]]
 
 
 def _covariances(run: Run, _: Config, unit: str) -> Write:
@@ -200,8 +196,7 @@ def _factors(run: Run, config: Config, _: str) -> Write:
     sums: Mapping[str, EigenvalueSum] = reduce(merge, (read_eigenvalues(run.path_of("eigenvalues", group)) for group in _fit_groups(run)))
     damping = config.factors.as_damping()
     dtype = "float64" if run.model_config.dtype == "float64" else "float32"
-    nothing = Eigenbasis(values=torch.empty(0), vectors=torch.empty((0, 0)))  # eigenvectors have files of their own
-    factors = {name: layer_factors(nothing, nothing, part, damping, dtype) for name, part in sums.items()}
+    factors = {name: layer_factors(None, None, part, damping, dtype) for name, part in sums.items()}  # eigenvectors have files of their own
     return lambda directory: write_factors(directory, factors)
 
 
@@ -230,9 +225,8 @@ def recall_queries(run: Run) -> list[tuple[int, Measurement]]:
     Chosen by hash of their ids among those with two counted tokens.
     """
     wanted = run.index_config.recall_queries
-    bits = keyed_bits(run.index_config.seed, np.array([key_of(name) for name in run.store.ids], dtype=np.uint64), 1)[:, 0]
     chosen: list[tuple[int, Measurement]] = []
-    for number in np.argsort(bits, kind="stable").tolist():
+    for number in run.hash_order(run.index_config.seed).tolist():
         sequence = run.store[number]
         second_half = sequence.counted & (np.cumsum(sequence.counted) > sequence.counted.sum() // 2)
         if len(chosen) == wanted:
@@ -264,7 +258,7 @@ def _recall(run: Run, _: Config, unit: str) -> Write:
     scores = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
     gradients = query_gradients(run.attributed, [measurement for _, measurement in queries]).gradients
     depth = QueryOptions().candidates
-    rows = spread_gradients(gradients, run.factors, run.features, run.signs)
+    rows = query_rows(precondition(gradients, run.factors), run.factors, run.features, run.signs)
     own = [number for number, _ in queries]
     measured: dict[str, Any] = {"candidates": depth, "queries": len(queries)}
     for name, index, weights in (("", run.index, np.ones(len(run.store))), ("_normalized", run.normalized_index, run.normalizing_weights)):

@@ -20,12 +20,20 @@ from indexing import (
     feature_rows,
     feature_spec,
     open_rows,
+    query_rows,
     recall,
-    spread_gradients,
     spreaders,
 )
 
 CPU = torch.device("cpu")
+LINEAR = ("*.attn.*", "*.mlp.*")
+
+
+def spread(spreader: Spreader, whitened: torch.Tensor) -> torch.Tensor:
+    """[N, width] of whitened gradients [N, O, J]."""
+    target = torch.zeros((len(whitened), spreader.width))
+    spreader.add(target, slice(None), whitened)
+    return target
 
 
 def shards_of(rows: np.ndarray, sizes: list[int]) -> RowShards:
@@ -106,8 +114,8 @@ def test_spreading_keeps_inner_products_without_bias() -> None:
     exact = float((left * right).sum())
     estimates = []
     for seed in range(400):
-        spread = Spreader(LayerBuckets(name="layer", shape=(6, 10), start=0, width=16), seed, CPU)
-        estimates.append(float((spread(left) * spread(right)).sum()))
+        spreader = Spreader(LayerBuckets(name="layer", shape=(6, 10), start=0, width=16), seed, CPU)
+        estimates.append(float((spread(spreader, left) * spread(spreader, right)).sum()))
     standard_error = np.std(estimates) / np.sqrt(len(estimates))
     assert abs(np.mean(estimates) - exact) < 4 * standard_error
     assert np.std(estimates) < 1.5 * float(left.norm() * right.norm()) * np.sqrt(2 / 16)
@@ -115,27 +123,40 @@ def test_spreading_keeps_inner_products_without_bias() -> None:
 
 def test_spreading_uses_every_coordinate_once() -> None:
     buckets = LayerBuckets(name="layer", shape=(5, 7), start=0, width=8)
-    spread = Spreader(buckets, 0, CPU)
-    matrix = torch.stack([spread(torch.eye(35)[n].reshape(1, 5, 7))[0] for n in range(35)])
+    spreader = Spreader(buckets, 0, CPU)
+    matrix = torch.stack([spread(spreader, torch.eye(35)[n].reshape(1, 5, 7))[0] for n in range(35)])
     assert (matrix.abs().sum(1) == 1).all()
     assert set(matrix.abs().sum(0).tolist()) == {4.0, 5.0}
 
 
 def test_layer_with_enough_buckets_is_kept_as_it_is() -> None:
     whitened = torch.randn(3, 5, 7)
-    assert torch.equal(Spreader(LayerBuckets(name="layer", shape=(5, 7), start=0, width=35), 0, CPU)(whitened), whitened.reshape(3, -1))
+    spreader = Spreader(LayerBuckets(name="layer", shape=(5, 7), start=0, width=35), 0, CPU)
+    assert torch.equal(spread(spreader, whitened), whitened.reshape(3, -1))
+
+
+@pytest.mark.parametrize("width", [8, 35])
+def test_rows_of_a_layer_may_be_spread_some_at_a_time(width: int) -> None:
+    whitened = torch.randn(3, 5, 7)
+    spreader = Spreader(LayerBuckets(name="layer", shape=(5, 7), start=2, width=width), 0, CPU)
+    target, expected = torch.zeros((3, 2 + width)), torch.zeros((3, 2 + width))
+    spreader.add(expected, slice(None), whitened)
+    for rows in (torch.tensor([0, 3]), torch.tensor([1, 2, 4])):
+        spreader.add(target, rows, whitened[:, rows])
+    torch.testing.assert_close(target, expected)
+    assert target[:, :2].abs().max() == 0
 
 
 def test_signs_stay_what_they_are() -> None:
     # An index is searched by later versions: where its coordinates went must never change.
-    spread = Spreader(LayerBuckets(name="layer", shape=(2, 3), start=0, width=2), 5, CPU)
-    assert spread.buckets.tolist() == [0, 1, 0, 1, 1, 0]
-    assert spread.signs.tolist() == [-1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    spreader = Spreader(LayerBuckets(name="layer", shape=(2, 3), start=0, width=2), 5, CPU)
+    assert spreader.buckets.tolist() == [[0, 1, 0], [1, 1, 0]]
+    assert spreader.signs.tolist() == [[-1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
 
 
 @pytest.mark.parametrize("row_length", [8, 57, 300, 10**6])
 def test_buckets_are_shared_by_effective_dimension_within_what_layers_have(row_length: int) -> None:
-    layers = attributable_layers(tiny_model("gpt2"), lambda m: m(input_ids=torch.ones((1, 2), dtype=torch.int64))).layers
+    layers = attributable_layers(tiny_model("gpt2"), lambda m: m(input_ids=torch.ones((1, 2), dtype=torch.int64)), LINEAR).layers
     dimensions = {layer.name: 10.0 if ".0." in layer.name else 1.0 for layer in layers}
     spec = feature_spec(layers, dimensions, row_length, seed=0)
     sizes = {layer.name: layer.shape[0] * layer.shape[1] for layer in layers}
@@ -148,7 +169,7 @@ def test_buckets_are_shared_by_effective_dimension_within_what_layers_have(row_l
 
 
 def test_more_layers_than_buckets_is_refused() -> None:
-    layers = attributable_layers(tiny_model("gpt2"), lambda m: m(input_ids=torch.ones((1, 2), dtype=torch.int64))).layers
+    layers = attributable_layers(tiny_model("gpt2"), lambda m: m(input_ids=torch.ones((1, 2), dtype=torch.int64)), LINEAR).layers
     with pytest.raises(ValueError, match="bytes_per_sequence"):
         feature_spec(layers, {layer.name: 1.0 for layer in layers}, 3, seed=0)
 
@@ -168,7 +189,8 @@ def test_rows_without_spreading_give_exact_damped_influence(architecture: str) -
         lambda layer, record: gradients.__setitem__(layer.name, sequence_gradients(record)),
     )
     exact = sum(torch.einsum("qoj,noj->qn", factors[name].precondition(g), g) for name, g in gradients.items())
-    queries = torch.from_numpy(spread_gradients(gradients, factors, spec, signs))
+    vectors = {name: factors[name].precondition(gradient) for name, gradient in gradients.items()}
+    queries = torch.from_numpy(query_rows(vectors, factors, spec, signs))
     torch.testing.assert_close((queries @ rows.T).double(), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))  # rows are float32
     torch.testing.assert_close(self_influence, exact.diagonal(), rtol=1e-9, atol=1e-9)
 
@@ -192,7 +214,7 @@ def test_layers_left_out_of_a_query_do_not_count() -> None:
     spec = feature_spec(coverage.layers, {name: f.effective_dimension() for name, f in factors.items()}, 200, seed=0)
     name = coverage.layers[2].name
     gradients = {name: torch.randn(1, *coverage.layers[2].shape, dtype=torch.float64)}
-    row = spread_gradients(gradients, factors, spec, spreaders(spec, CPU))[0]
+    row = query_rows(gradients, factors, spec, spreaders(spec, CPU))[0]
     place = next(place for place in spec.layers if place.name == name)
     inside = np.zeros(spec.row_length, dtype=bool)
     inside[place.start : place.start + place.width] = True

@@ -1,6 +1,7 @@
 """EK-FAC in arrays against dense matrices, in every array library that may call it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from ekfac import Covariance, Damping, EigenvalueSum, LayerIO, eigenbasis, inner_products, layer_factors, position_inner_products
-from ekfac.kronecker import Eigenbasis, eigenvalue_sum, input_covariance, output_covariance, rotated_gradients
-from ekfac.record import sequence_gradients
+from ekfac.kronecker import Eigenbasis, eigenvalue_sum, feature_covariance, input_covariance, output_covariance
+from ekfac.record import EmbeddingIO, LookupIO, ScaleIO, gradient_blocks, sequence_gradients
 
 N, T, INPUTS, OUTPUTS = 5, 4, 3, 6
 Make = Callable[[np.ndarray], Any]
@@ -81,8 +82,9 @@ def test_rotated_gradients_and_eigenvalues_equal_dense_ones(make: Make, bias: bo
     gradients = dense_gradients(raw, bias)
     expected = np.stack([output_vectors.T @ gradient @ input_vectors for gradient in gradients])
     np.testing.assert_allclose(np.asarray(sequence_gradients(record)), gradients, atol=1e-12)
-    np.testing.assert_allclose(np.asarray(rotated_gradients(record, make(input_vectors), make(output_vectors))), expected, atol=1e-12)
-    sums = eigenvalue_sum(record, make(input_vectors), make(output_vectors))
+    ((_, rotated),) = gradient_blocks(record, make(input_vectors), make(output_vectors))
+    np.testing.assert_allclose(np.asarray(rotated), expected, atol=1e-12)
+    sums = eigenvalue_sum(record, make(input_vectors), make(output_vectors), (OUTPUTS, INPUTS + bias))
     assert sums.num_sequences == N
     np.testing.assert_allclose(np.asarray(sums.total), (expected**2).sum(0), atol=1e-11)
 
@@ -144,7 +146,7 @@ def test_effective_dimension_is_the_mean_squared_norm_of_whitened_gradients(make
     raw = raw_record()
     record = record_of(raw, make, False)
     input_basis, output_basis = eigenbasis(input_covariance(record)), eigenbasis(output_covariance(record))
-    sums = eigenvalue_sum(record, input_basis.vectors, output_basis.vectors)
+    sums = eigenvalue_sum(record, input_basis.vectors, output_basis.vectors, (OUTPUTS, INPUTS))
     factors = layer_factors(input_basis, output_basis, sums, Damping(value=0.1), "float64")
     whitened = np.asarray(factors.whiten(make(dense_gradients(raw, False))))
     assert factors.effective_dimension() == pytest.approx((whitened**2).sum() / N, rel=1e-9)
@@ -186,3 +188,67 @@ def test_nothing_counted_and_non_finite_statistics_are_refused(make: Make) -> No
         layer_factors(basis, basis, EigenvalueSum(total=make(np.zeros((2, 2))), num_sequences=0), Damping(value=0.1))
     with pytest.raises(ValueError, match="not finite"):
         layer_factors(basis, basis, EigenvalueSum(total=make(np.full((2, 2), np.inf)), num_sequences=1), Damping(value=0.1))
+
+
+def table_record(make: Make, lookup: bool, head: bool, bias: bool) -> tuple[EmbeddingIO, np.ndarray, np.ndarray]:
+    """A table of 11 rows and 4 features; the gradients [N, 11, J] and the shares of positions [N, T, 11, J], by loops."""
+    rng = np.random.default_rng(8)
+    num_sequences, num_positions, num_rows, features = 3, 6, 11, 4
+    indices = rng.integers(0, num_rows, (num_sequences, num_positions))
+    indices[0, :3] = 7  # a token that occurs several times
+    mask = np.arange(num_positions) < np.array([6, 3, 0])[:, None]
+    rows, hidden = rng.normal(size=(2, num_sequences, num_positions, features)) * mask[:, :, None]
+    outputs = rng.normal(size=(num_sequences, num_positions, num_rows)) * mask[:, :, None]
+    shares = np.zeros((num_sequences, num_positions, num_rows, features + bias))
+    for n, t in zip(*np.nonzero(mask), strict=True):
+        if lookup:
+            shares[n, t, indices[n, t], :features] += rows[n, t]
+        if head:
+            shares[n, t] += np.outer(outputs[n, t], np.append(hidden[n, t], [1.0] * bias))
+    linear = LayerIO(activations=make(hidden), output_gradients=make(outputs), mask=make(mask), bias=bias)
+    record = EmbeddingIO(
+        lookup=LookupIO(indices=make(indices), row_gradients=make(rows)) if lookup else None,
+        head=linear if head else None,
+        mask=make(mask),
+        num_rows=num_rows,
+    )
+    return record, shares.sum(1), shares
+
+
+@pytest.mark.parametrize("numbers", [10**6, 25])  # one block, and blocks of two rows
+@pytest.mark.parametrize(("lookup", "head", "bias"), [(True, False, False), (False, True, True), (True, True, False), (True, True, True)])
+def test_tables_equal_dense_ones(make: Make, lookup: bool, head: bool, bias: bool, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ekfac.record.BLOCK_NUMBERS", numbers)
+    record, gradients, shares = table_record(make, lookup, head, bias)
+    np.testing.assert_allclose(np.asarray(sequence_gradients(record)), gradients, atol=1e-12)
+    vectors = np.random.default_rng(9).normal(size=(2, *gradients.shape[1:]))
+    expected = np.einsum("qoj,noj->qn", vectors, gradients)
+    np.testing.assert_allclose(np.asarray(inner_products(record, make(vectors))), expected, atol=1e-12)
+    by_position = np.einsum("oj,ntoj->nt", vectors[0], shares)
+    np.testing.assert_allclose(np.asarray(position_inner_products(record, make(vectors[0]))), by_position, atol=1e-12)
+    features = np.linalg.qr(np.random.default_rng(10).normal(size=(gradients.shape[2],) * 2))[0]
+    sums = eigenvalue_sum(record, make(features), None, gradients.shape[1:])
+    np.testing.assert_allclose(np.asarray(sums.total), ((gradients @ features) ** 2).sum(0), atol=1e-11)
+    assert all(np.asarray(block).size <= max(numbers, 3 * gradients.shape[2]) for _, block in gradient_blocks(record))
+    if not (lookup and head):  # of a tied table the two uses are added without their cross terms
+        covariance = feature_covariance(record)
+        np.testing.assert_allclose(np.asarray(covariance.total), np.einsum("ntoi,ntoj->ij", shares, shares), atol=1e-11)
+
+
+def test_table_without_a_counted_position_has_no_gradient(make: Make) -> None:
+    record, _, _ = table_record(make, True, False, False)
+    empty = replace(record, mask=make(np.zeros((3, 6), dtype=bool)))
+    assert np.asarray(eigenvalue_sum(empty, None, None, (11, 4)).total).max() == 0
+    assert np.abs(np.asarray(inner_products(empty, make(np.ones((1, 11, 4)))))).max() == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_scales_equal_dense_ones(make: Make, bias: bool) -> None:
+    rng = np.random.default_rng(11)
+    normalized, outputs = rng.normal(size=(2, 3, 5, 2, 4))
+    record = ScaleIO(normalized=make(normalized), output_gradients=make(outputs), mask=make(np.ones((3, 5), dtype=bool)), bias=bias)
+    shares = np.stack([(normalized * outputs).sum(2), outputs.sum(2)], axis=-1)[..., : 1 + bias]
+    np.testing.assert_allclose(np.asarray(sequence_gradients(record)), shares.sum(1), atol=1e-12)
+    vector = rng.normal(size=(4, 1 + bias))
+    np.testing.assert_allclose(np.asarray(position_inner_products(record, make(vector))), (shares * vector).sum((2, 3)), atol=1e-12)
+    np.testing.assert_allclose(np.asarray(eigenvalue_sum(record, None, None, vector.shape).total), (shares.sum(1) ** 2).sum(0), atol=1e-11)

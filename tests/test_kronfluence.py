@@ -131,7 +131,7 @@ def sequences_of(batch: SequenceBatch) -> list[TrainingSequence]:
 @pytest.fixture(scope="module")
 def ours() -> tuple[dict[str, LayerFactors], Tensor]:
     model = tiny_model("gpt2")
-    factors, coverage = fit(model, [train_batch()], loss=true_label_loss)
+    factors, coverage = fit(model, [train_batch()], loss=true_label_loss, layers=["*.attn.*", "*.mlp.*"])  # it knows linear layers only
     budget = BatchBudget(max_tokens=20, memory_bytes=10**9, bytes_per_token=1, bytes_per_sequence=1)
     attributed = AttributedModel(model=model, layers=coverage.layers, budget=budget, device=torch.device("cpu"))
     asked = [Measurement(prompt="", completion="", contrast=None, parts=((1.0, sequence),)) for sequence in sequences_of(query_batch())]

@@ -14,6 +14,7 @@ import ray
 import torch
 from small_run import World, finished_run, run_pipeline, small_world
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ekfac import Layer
 from influence import QueryOptions, Run, open_run
@@ -43,9 +44,14 @@ def autograd_gradient(model: nn.Module, layers: Sequence[Layer], sequence: Train
     log_probabilities = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
     places = np.flatnonzero(sequence.counted) - 1
     loss = -log_probabilities[places, ids[0, places + 1]].sum()
-    modules = [model.get_submodule(layer.name) for layer in layers]
-    found = torch.autograd.grad(loss, [parameter for module in modules for parameter in (module.weight, module.bias)])
-    return [torch.cat([weight.T, bias[:, None]], 1).numpy() for weight, bias in zip(found[::2], found[1::2], strict=True)]
+    found = []
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        parameters = [module.weight] + ([module.bias] if layer.bias else [])
+        weight, *bias = torch.autograd.grad(loss, parameters, retain_graph=True)
+        weight = weight.T if isinstance(module, Conv1D) else weight.reshape(len(weight), -1)
+        found.append(torch.cat([weight, *(part[:, None] for part in bias)], 1).numpy())
+    return found
 
 
 def dense_scores(run: Run, query: TrainingSequence) -> np.ndarray:
@@ -54,7 +60,9 @@ def dense_scores(run: Run, query: TrainingSequence) -> np.ndarray:
     asked = []
     for layer, gradient in zip(layers, autograd_gradient(model, layers, query), strict=True):
         factor = run.factors[layer.name]
-        left, right, eigenvalues = (x.double().numpy() for x in (factor.output_vectors, factor.input_vectors, factor.eigenvalues))
+        left = np.eye(layer.shape[0]) if factor.output_vectors is None else factor.output_vectors.double().numpy()
+        right = np.eye(layer.shape[1]) if factor.input_vectors is None else factor.input_vectors.double().numpy()
+        eigenvalues = factor.eigenvalues.double().numpy()
         asked.append(left @ ((left.T @ gradient @ right) / (eigenvalues + factor.damping)) @ right.T)
     table = []
     for sequence in run.store:

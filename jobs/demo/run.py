@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from indexing import FlatIndex, spread_gradients
+from indexing import FlatIndex, query_rows
+from influence.answering import QueryOptions
 from influence.attribution import gradient_norms, precondition, query_gradients
 from influence.config import Config, load_config
 from influence.errors import RequestError
-from influence.run import QueryOptions, Run
+from influence.run import Run
 from influence.run_directory import RunDirectory, digest, write_json
 from jobs.answers import answers_with_opponents, write_page
 from jobs.demo.facts import Question, questions, statements
@@ -105,7 +106,7 @@ def run_demo(out: Path, workers: int) -> DemoOutcome:
         say("writing the report")
         shown = [question for kind in KINDS for question in questions() if question.kind == kind][::12]
         asked = [(question.id, run.measure(question.prompt, question.completion)) for question in shown]
-        write_page(report, answers_with_opponents(run, asked, QueryOptions(normalize=True, bm25=True)), run)
+        write_page(report, answers_with_opponents([run], asked, QueryOptions(normalize=True, bm25=True)), run)
     return DemoOutcome(
         run=str(out),
         report=str(report),
@@ -199,7 +200,7 @@ def scores_by_method(run: Run, asked: Sequence[Question]) -> tuple[dict[str, NDA
     with bar("scanning all sequences with plain gradients") as progress:
         dots = run.exact_scores(found.gradients, progress=progress.advance)
     norms = np.concatenate([gradient_norms(run.attributed, run.store.shard(shard)) for shard in range(run.store.num_shards)])
-    rows = spread_gradients(found.gradients, run.factors, run.features, run.signs)
+    rows = query_rows(precondition(found.gradients, run.factors), run.factors, run.features, run.signs)
     lexical = np.stack([run.lexical.scores(question.prompt + question.completion, len(run.store)) for question in asked])
     scores = {
         "normalized": answered(run.normalized_index, rows, exact * run.normalizing_weights),

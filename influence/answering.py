@@ -1,0 +1,333 @@
+"""Answers to queries: from measurements to ranked training sequences, by one run or by several whose scores are averaged.
+
+The way is the same for all: the queries' gradients, (G + λI)⁻¹ of them (refined if asked), candidates from the index or an exact scan, exact
+scores of the candidates with their split by layer and by token, and what the reader needs to know to trust them.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ekfac import Solution, matches
+from indexing import all_scores, best, query_rows
+from influence.attribution import AttributedModel, SequenceScores, mean_scores, precondition, query_gradients, score_sequences
+from influence.errors import RequestError
+from influence.lexical import ranks
+from influence.measurement import Measurement
+from influence.refinement import RefineOptions, refine, summary
+from influence.result import InfluenceResult, RankedSequence
+from influence.run_directory import digest
+
+if TYPE_CHECKING:
+    from influence.run import Run
+
+Progress = Callable[[int, int], None]
+"""Called with (units of work done, units in all)."""
+
+
+def ignore(done: int, total: int) -> None:
+    """The progress that nobody watches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions:
+    """How a query is answered."""
+
+    k: int = 10
+    opponents: bool = False  # the most negative scores instead of the most positive
+    exact: bool = False  # scan every sequence instead of the index's candidates
+    layers: tuple[str, ...] = ()  # globs of layers to sum over; all when empty
+    candidates: int = 200  # how many of the index's best are reranked exactly
+    normalize: bool = False  # divide each score by √self-influence of its sequence (RelatIF, Barshan et al. 2020)
+    refine: RefineOptions | None = None  # solve with the exact Gauss-Newton Hessian instead of EK-FAC alone
+    bm25: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise RequestError(f"k must be at least 1, not {self.k}")
+        if self.candidates < 1:
+            raise RequestError(f"candidates must be at least 1, not {self.candidates}")
+
+
+def answer(
+    runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, progress: Progress = ignore
+) -> list[InfluenceResult]:
+    """One result for each measurement: proponents, or opponents when the options say so.
+
+    Several runs are checkpoints of one training, or trainings of their own on the same sequences; their scores are averaged. Raises RequestError when
+    their sequences or their layers differ.
+    """
+    sign = -1.0 if options.opponents else 1.0
+    return [results[0] for results in _answers(runs, measurements, options, [sign], progress)]
+
+
+def answer_both_ends(
+    runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, progress: Progress = ignore
+) -> list[tuple[InfluenceResult, InfluenceResult]]:
+    """(proponents, opponents) for each measurement, at the price of one answer but for the rerank."""
+    return [(results[0], results[1]) for results in _answers(runs, measurements, options, [1.0, -1.0], progress)]
+
+
+def _answers(
+    runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, signs: Sequence[float], progress: Progress
+) -> list[list[InfluenceResult]]:
+    """Works through as many queries at a time as have vectors that fit into a quarter of the memory budget."""
+    _check_alike(runs)
+    attributed_parameters = sum(layer.shape[0] * layer.shape[1] for layer in runs[0].coverage.layers)
+    vectors_per_query = 10 if options.refine else 2  # a solver's iterate, residual, direction and products
+    at_once = max(1, runs[0].memory_budget // 4 // (4 * vectors_per_query * attributed_parameters))
+    groups = [measurements[first : first + at_once] for first in range(0, len(measurements), at_once)]
+    return [results for group in groups for results in _answers_of_group(runs, group, options, signs, progress)]
+
+
+def _check_alike(runs: Sequence["Run"]) -> None:
+    first, *others = runs
+    for other in others:
+        for what, differs in (
+            ("were made from other training sequences", first.fingerprints["sequences"] != other.fingerprints["sequences"]),
+            ("attribute other layers", first.coverage.layers != other.coverage.layers),
+        ):
+            if differs:
+                raise RequestError(f"{other.directory} and {first.directory} {what}: their scores cannot be averaged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What one run makes of a group of queries."""
+
+    run: "Run"
+    attributed: AttributedModel
+    vectors: dict[str, torch.Tensor]  # (G + λI)⁻¹∇f, [Q, O, J] by layer
+    log_probabilities: list[list[NDArray[np.float64]]]
+    solution: Solution | None  # of the refinement
+    weights: NDArray[np.float64]  # [N]: what each sequence's score is multiplied by
+    rows: NDArray[np.float32]  # [Q, D]
+    estimates: NDArray[np.float64]  # [Q, N] scores of every sequence: exact ones, or the index's
+
+    def candidates(self, sign: float, count: int) -> NDArray[np.int64]:
+        """[Q, count] numbers of sequences by the index."""
+        index = self.run.index if bool((self.weights == 1).all()) else self.run.normalized_index
+        return index.search(np.float32(sign) * self.rows, count).numbers
+
+    def scores(self, place: int, numbers: Sequence[int]) -> SequenceScores:
+        """Exact scores of these sequences for one query."""
+        one = {name: vector[place] for name, vector in self.vectors.items()}
+        return score_sequences(self.attributed, one, [self.run.store[number] for number in numbers]).times(self.weights[list(numbers)])
+
+
+def _asked(run: "Run", measurements: Sequence[Measurement], options: QueryOptions, progress: Progress) -> _Asked:
+    attributed = _selected(run.attributed, options.layers)
+    found = query_gradients(attributed, measurements)
+    solution = None
+    if options.refine is None:
+        vectors = precondition(found.gradients, run.factors)
+    else:
+        sequences = [run.store[int(number)] for number in np.sort(run.hash_order(run.factors_config.seed)[: options.refine.sequences])]
+        damping = {layer.name: run.refining_damping[layer.name] for layer in attributed.layers}
+        solution = refine(attributed, found.gradients, run.factors, damping, sequences, options.refine, progress)
+        vectors = solution.vectors
+    weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
+    rows = query_rows(vectors, run.factors, run.features, run.signs)
+    estimates = run.exact_scores(vectors, attributed, progress) if options.exact else all_scores(rows, run.rows)
+    return _Asked(
+        run=run,
+        attributed=attributed,
+        vectors=vectors,
+        log_probabilities=found.log_probabilities,
+        solution=solution,
+        weights=weights,
+        rows=rows,
+        estimates=estimates * weights,
+    )
+
+
+def _selected(everything: AttributedModel, patterns: Sequence[str]) -> AttributedModel:
+    for pattern in patterns:
+        if not any(matches(layer, [pattern]) for layer in everything.layers):
+            raise RequestError(
+                f"no attributed layer matches {pattern!r}; there are {len(everything.layers)}, such as {everything.layers[0].name}"
+            )
+    chosen = tuple(layer for layer in everything.layers if not patterns or matches(layer, patterns))
+    return AttributedModel(model=everything.model, layers=chosen, budget=everything.budget, device=everything.device)
+
+
+def _answers_of_group(
+    runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, signs: Sequence[float], progress: Progress
+) -> list[list[InfluenceResult]]:
+    start = time.perf_counter()
+    asked = [_asked(run, measurements, options, progress) for run in runs]
+    estimates = np.mean([one.estimates for one in asked], axis=0)
+    chosen = {}
+    for sign in signs:
+        if options.exact:
+            chosen[sign] = [best(sign * estimates, options.k).numbers]
+        else:
+            chosen[sign] = [one.candidates(sign, max(options.candidates, options.k)) for one in asked]
+    shared = (time.perf_counter() - start) / len(measurements) / len(signs)
+    answers = []
+    for place, measurement in enumerate(measurements):
+        results = []
+        for sign in signs:
+            began = time.perf_counter()
+            numbers = list(dict.fromkeys(int(number) for table in chosen[sign] for number in table[place]))
+            by_run = [one.scores(place, numbers) for one in asked]
+            scores = mean_scores(by_run)
+            order = np.argsort(-sign * scores.totals, kind="stable")[: options.k]
+            ranking = _Ranking(numbers=numbers, scores=scores, by_run=by_run, order=order)
+            seconds = shared + time.perf_counter() - began
+            results.append(_result(asked, place, measurement, options, ranking, estimates[place], seconds))
+        answers.append(results)
+    return answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ranking:
+    """Reranked candidates: their numbers and exact scores (on average and by run), and the order of the best."""
+
+    numbers: list[int]
+    scores: SequenceScores
+    by_run: list[SequenceScores]
+    order: NDArray[np.int64]
+
+
+def _result(
+    asked: list[_Asked],
+    place: int,
+    measurement: Measurement,
+    options: QueryOptions,
+    ranking: _Ranking,
+    estimates: NDArray[np.float64],
+    seconds: float,
+) -> InfluenceResult:
+    first = asked[0].run
+    query = _query_facts(asked, place, measurement)
+    identity = [{**query, "token_log_probabilities": None, "log_probability": None}, _plain(options)]
+    distribution = _distribution(estimates / len(first.store)) | {"estimated_from": "exact scan" if options.exact else "index rows"}
+    return InfluenceResult(
+        id=digest([*identity, *(one.run.fingerprints["rows"] for one in asked)])[7:23],
+        unit="√nats" if options.normalize else "nats",
+        query=query,
+        sequences=tuple(_ranked(asked, measurement, options, ranking)),
+        coverage=_coverage(asked[0]),
+        provenance=_provenance(asked, place, measurement, options, len(ranking.numbers), seconds),
+        distribution=distribution,
+    )
+
+
+def _ranked(asked: list[_Asked], measurement: Measurement, options: QueryOptions, ranking: _Ranking) -> list[RankedSequence]:
+    run, layers = asked[0].run, asked[0].attributed.layers
+    total = len(run.store)
+    lexical = run.lexical.scores(f"{measurement.prompt}{measurement.completion}", total) if options.bm25 else None
+    places = ranks(lexical, ranking.numbers) if lexical is not None else [None] * len(ranking.numbers)
+    ranked = []
+    for rank, place in enumerate(ranking.order, 1):
+        sequence = run.store[ranking.numbers[place]]
+        by_layer, by_token = ranking.scores.layers[place] / total, ranking.scores.tokens[place] / total
+        runs = {one.run.directory.path.name: float(scores.totals[place]) / total for one, scores in zip(asked, ranking.by_run, strict=True)}
+        ranked.append(
+            RankedSequence(
+                rank=rank,
+                id=sequence.id,
+                score=float(by_layer.sum()),
+                text=sequence.text,
+                metadata=sequence.metadata,
+                layers={layer.name: float(share) for layer, share in zip(layers, by_layer, strict=True)},
+                tokens=[(token, float(share)) for token, share in zip(run.token_texts(sequence.tokens), by_token, strict=True)],
+                bm25_rank=places[place],
+                runs=runs if len(asked) > 1 else {},
+            )
+        )
+    return ranked
+
+
+def _coverage(asked: _Asked) -> dict[str, Any]:
+    covered, chosen = asked.run.coverage, asked.attributed.layers
+    left_out = {name: "not selected by the query" for layer in covered.layers if layer not in chosen for name in layer.modules}
+    return {
+        "parameters_attributed": sum(layer.shape[0] * layer.shape[1] for layer in chosen) / covered.total,
+        "excluded": covered.excluded | left_out,
+    }
+
+
+def _query_facts(asked: list[_Asked], place: int, measurement: Measurement) -> dict[str, Any]:
+    """What was asked, and what the model (the models, on average) made of it."""
+    _, shown = measurement.parts[0]
+    weights = [weight for weight, _ in measurement.parts]
+    parts = [np.mean([one.log_probabilities[place][part] for one in asked], axis=0) for part in range(len(weights))]
+    facts: dict[str, Any] = {"prompt": measurement.prompt, "completion": measurement.completion}
+    for name in ("contrast", "span", "input_ids"):
+        if getattr(measurement, name) is not None:
+            facts[name] = getattr(measurement, name)
+    return facts | {
+        "log_probability": float(sum(weight * part.sum() for weight, part in zip(weights, parts, strict=True))),
+        "tokens": asked[0].run.token_texts(shown.tokens),
+        "token_log_probabilities": [float(value) if counted else None for value, counted in zip(parts[0], shown.counted, strict=True)],
+    }
+
+
+def _provenance(
+    asked: list[_Asked], place: int, measurement: Measurement, options: QueryOptions, num_reranked: int, seconds: float
+) -> dict[str, Any]:
+    run, solution = asked[0].run, asked[0].solution
+    made_from, damping = run.description["fingerprints"], run.description["settings"]["factors"]["damping"]
+    facts = {
+        "run": str(run.directory),
+        "model": made_from["model"],
+        "tokenizer": made_from["tokenizer"],
+        "data": made_from["data"],
+        "factors": run.fingerprints["factors"],
+        "rows": run.fingerprints["rows"],
+        "method": "ekfac",
+        "damping": 0.1 if damping == "optimizer" else damping,
+        "normalized": options.normalize,
+        "searched": len(run.store),
+        "candidates": len(run.store) if options.exact else num_reranked,
+        "reranked": "exact",
+        "recall_at_10": _recall(asked, measurement, options),
+        "seconds": round(seconds, 4),
+    }
+    if len(asked) > 1:
+        facts["averaged_over"] = [
+            {"run": str(one.run.directory), "model": one.run.description["fingerprints"]["model"], "rows": one.run.fingerprints["rows"]}
+            for one in asked
+        ]
+    if options.refine and solution:
+        used = min(options.refine.sequences, len(run.store))
+        facts["method"] = "refined"
+        facts["refinement"] = summary(solution, place) | {"sequences": used, "damping": run.refining_damping_name}
+    return facts
+
+
+def _recall(asked: list[_Asked], measurement: Measurement, options: QueryOptions) -> float | None:
+    """The measured recall, if it was measured for such queries: log-probabilities of whole completions, EK-FAC over all layers of one run."""
+    if options.exact:
+        return 1.0
+    measured = asked[0].run.measured_recall
+    special = options.layers or options.opponents or options.refine or measurement.contrast is not None or measurement.span is not None
+    if special or len(asked) > 1 or measured.get("candidates") != options.candidates:
+        return None
+    recall: float = measured["recall_at_10_normalized" if options.normalize else "recall_at_10"]
+    return recall
+
+
+def _plain(options: QueryOptions) -> dict[str, Any]:
+    """The options as JSON; without a refinement that is not asked for, so that answers keep their ids."""
+    plain = {**vars(options), "layers": list(options.layers)}
+    del plain["refine"]
+    return plain | ({"refine": vars(options.refine)} if options.refine else {})
+
+
+def _distribution(scores: NDArray[np.float64]) -> dict[str, Any]:
+    """How influence is spread over the training set: a histogram, and the share of positive influence that the top of the ranking holds."""
+    counts, edges = np.histogram(scores, bins=50)
+    positive = np.sort(np.maximum(scores, 0))[::-1].cumsum()
+    tail = []
+    if positive[-1] > 0:
+        takes = np.unique(np.geomspace(1, len(scores), 60).astype(np.int64))
+        tail = [[float(take / len(scores)), float(positive[take - 1] / positive[-1])] for take in takes]
+    return {"num_sequences": len(scores), "histogram": {"edges": edges.tolist(), "counts": counts.tolist()}, "tail": tail}

@@ -1,0 +1,47 @@
+"""The plot of an evaluation: each method's score with its interval, and the noise ceiling."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FIRST, OTHERS, CEILING = "#b2182b", "#4d6d8a", "#666666"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlottedScore:
+    """One line of the plot."""
+
+    name: str
+    value: float
+    interval: tuple[float, float]
+
+
+def score_plot(scores: Sequence[PlottedScore], ceiling: float | None, *, title: str, axis: str) -> bytes:
+    """A PNG image: one point a method with its interval, in the given order from the top, the first in its own colour."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    figure = Figure(figsize=(7.5, 1.7 + 0.42 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    for place, score in enumerate(scores):
+        low, high = score.interval
+        colour = FIRST if place == 0 else OTHERS
+        axes.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt", alpha=0.55)
+        axes.plot([score.value], [place], marker="o", markersize=7, color=colour)
+        axes.annotate(f"{score.value:.3f}", (score.value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+    ends = [end for score in scores for end in score.interval] + [0.0] + ([] if ceiling is None else [ceiling])
+    axes.axvline(0, color="#cccccc", linewidth=1, zorder=0)
+    if ceiling is not None:
+        axes.axvline(ceiling, color=CEILING, linestyle="--", linewidth=1.2, label=f"noise ceiling {ceiling:.3f}")
+        figure.legend(loc="outside lower right", frameon=False, fontsize=9)
+    axes.set_xlim(min(ends) - 0.05, max(ends) + 0.05)
+    axes.set_ylim(len(scores) - 0.5, -0.7)
+    axes.set_yticks(range(len(scores)), [score.name for score in scores])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel(axis, fontsize=9)
+    axes.set_title(title, fontsize=10, loc="left")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()

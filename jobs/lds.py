@@ -1,0 +1,161 @@
+"""The linear datamodelling score of a run's answers beside those of other methods: what was measured, as JSON, table and plot.
+
+Knows runs, banks and methods; knows nothing of options.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from influence.evaluation.bank import Bank
+from influence.evaluation.lds import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    DatamodellingScore,
+    Difference,
+    difference,
+    linear_datamodelling_score,
+    noise_ceiling,
+)
+from influence.evaluation.methods import scores_by
+from influence.evaluation.plot import PlottedScore, score_plot
+from influence.measurement import Measurement
+from influence.run import Run
+from influence.run_directory import write_file, write_json
+from jobs.answers import Asked
+from jobs.progress import bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What one method says of every training sequence, and how long it took where it was computed here."""
+
+    name: str
+    table: NDArray[np.float64]  # [Q, N]
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One method's score, and its difference to the first method's."""
+
+    name: str
+    score: DatamodellingScore
+    difference: Difference | None  # None for the first
+    seconds: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        against = self.difference
+        return {
+            "name": self.name,
+            "lds": self.score.value,
+            "interval": list(self.score.interval),
+            "difference": None if against is None else {"lds": against.value, "interval": list(against.interval)},
+            "per_query": self.score.per_query.tolist(),
+            "seconds": None if self.seconds is None else round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LdsOutcome:
+    """What `influence evaluate RUN lds` measured, and the files of it."""
+
+    run: Run
+    bank: Bank
+    bank_path: Path
+    queries: tuple[str, ...]  # ids
+    methods: tuple[Measured, ...]
+    ceiling: float | None
+    out: Path
+
+    def to_json(self) -> dict[str, Any]:
+        made_from = self.run.description["fingerprints"]
+        return {
+            "metric": "lds",
+            "run": str(self.run.directory),
+            "methods": [measured.to_json() for measured in self.methods],
+            "ceiling": self.ceiling,
+            "queries": list(self.queries),
+            "num_subsets": self.bank.num_subsets,
+            "num_seeds": self.bank.num_seeds,
+            "num_sequences": len(self.run.store),
+            "confidence": CONFIDENCE,
+            "num_resamples": NUM_RESAMPLES,
+            "bank": str(self.bank_path),
+            "plot": str(self.out / "lds.png"),
+            "provenance": {
+                **{name: made_from[name] for name in ("model", "tokenizer", "data")},
+                "factors": self.run.fingerprints["factors"],
+                "damping": self.run.description["settings"]["factors"]["damping"],
+            },
+        }
+
+    def print(self, console: Console) -> None:
+        first = self.methods[0].name
+        table = Table("method", "LDS", "95%", f"less {first}", "95%, paired", "s")
+        for measured in self.methods:
+            against = measured.difference
+            row = ["", ""] if against is None else [f"{against.value:+.3f}", _interval(against.interval, "+.3f")]
+            seconds = "" if measured.seconds is None else f"{measured.seconds:.1f}"
+            table.add_row(measured.name, f"{measured.score.value:.3f}", _interval(measured.score.interval, ".3f"), *row, seconds)
+        console.print(table)
+        ceiling = "not known from one seed" if self.ceiling is None else f"{self.ceiling:.3f}"
+        console.print(f"{self._sizes}; noise ceiling {ceiling}")
+        console.print(f"bank: {self.bank_path}")
+        console.print(f"written: {self.out / 'lds.json'}, {self.out / 'lds.png'}")
+
+    def write(self) -> None:
+        """lds.json and lds.png in the directory `out`, each appearing whole or not at all."""
+        scores = [PlottedScore(name=m.name, value=m.score.value, interval=m.score.interval) for m in self.methods]
+        title, axis = "How well scores predict the loss after retraining", f"linear datamodelling score and 95% interval\n{self._sizes}"
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_file(self.out / "lds.png", score_plot(scores, self.ceiling, title=title, axis=axis))
+        write_json(self.out / "lds.json", self.to_json())
+
+    @property
+    def _sizes(self) -> str:
+        seeds = "one seed each" if self.bank.num_seeds == 1 else f"{self.bank.num_seeds} seeds each"
+        return f"{self.bank.num_queries} queries, {self.bank.num_subsets} subsets of {len(self.run.store):,} training sequences, {seeds}"
+
+
+def _interval(interval: tuple[float, float], form: str) -> str:
+    low, high = interval
+    return f"{low:{form}} … {high:{form}}"
+
+
+def scored(
+    run: Run, methods: Sequence[str], measurements: Sequence[Measurement], external: Mapping[str, NDArray[np.float64]]
+) -> list[Scores]:
+    """The scores of all methods, with a progress bar for each that is computed; the external ones last."""
+    found = []
+    for method in methods:
+        start = time.perf_counter()
+        with bar(f"scores by {method}") as progress:
+            table = scores_by(method, run, measurements, progress.advance)
+        found.append(Scores(name=method, table=table, seconds=time.perf_counter() - start))
+    return found + [Scores(name=name, table=table, seconds=None) for name, table in external.items()]
+
+
+def measure_lds(run: Run, asked: Asked, scores: Sequence[Scores], bank: Bank, bank_path: Path, out: Path) -> LdsOutcome:
+    """The score of each method against the bank, whose queries are those asked."""
+    found = [linear_datamodelling_score(one.table, bank) for one in scores]
+    methods = [
+        Measured(name=one.name, score=score, difference=difference(score, found[0]) if place else None, seconds=one.seconds)
+        for place, (one, score) in enumerate(zip(scores, found, strict=True))
+    ]
+    return LdsOutcome(
+        run=run,
+        bank=bank,
+        bank_path=bank_path,
+        queries=tuple(name for name, _ in asked),
+        methods=tuple(methods),
+        ceiling=noise_ceiling(bank),
+        out=out,
+    )

@@ -1,0 +1,214 @@
+"""Retraining a run's base model on random halves of its training sequences, for a bank that scores can be compared with.
+
+A unit is (subset, seed): one model, trained and measured, of which the losses of the queries are kept. Units are independent: any number of
+workers do them in any order, a second call goes on where the first was stopped, and of more subsets or seeds only the new ones are work.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence.config import ModelConfig, ResourcesConfig
+from influence.errors import RequestError
+from influence.evaluation.bank import FEWEST_SUBSETS, Bank, query_digest, sequences_digest, write_bank
+from influence.evaluation.retraining import RetrainingSettings, fine_tuned, query_losses, random_half
+from influence.measurement import Measurement
+from influence.model import LanguageModel, embedded_tokens, load_model, longest_sequence, model_fingerprint
+from influence.run import Run
+from influence.run_directory import digest, write_json
+from influence.sequences import TrainingSequence
+from jobs.executors import Done, RayWorkers, ray_connection
+from jobs.progress import bar
+
+FORMAT = 1
+"""Version of how a model is trained and measured. Another one starts anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retraining:
+    """What is retrained and measured; everything that the losses of a unit depend on besides its subset and seed is in `fingerprint`."""
+
+    run: str
+    base: ModelConfig
+    base_fingerprint: str
+    sequences: str  # their digest
+    measurements: tuple[Measurement, ...]
+    settings: RetrainingSettings
+    fingerprint: str
+
+    @property
+    def place(self) -> str:
+        """Where below the run directory its units are."""
+        return f"evaluations/retrained-{self.fingerprint[7:23]}"
+
+    def unit_fingerprint(self, unit: str) -> str:
+        return digest([self.fingerprint, unit])
+
+
+def retraining_of(run: Run, base: str, measurements: Sequence[Measurement], settings: RetrainingSettings) -> Retraining:
+    """The retraining of `base`, a local directory or hub id, on the run's sequences. Loads it once.
+
+    It is trained in float64 where the run computes in it, in float32 otherwise. Raises RequestError when it cannot have become the run's model.
+    """
+    local = Path(base).expanduser()
+    name = str(local.resolve()) if local.is_dir() or base.startswith((".", "~")) else base
+    config = ModelConfig(name=name, dtype="float64" if run.model_config.dtype == "float64" else "float32")
+    loaded = load_model(config)
+    _check_base(loaded, run, base)
+    weights, sequences = model_fingerprint(loaded.model), sequences_digest(run.store)
+    queries = [query_digest(measurement) for measurement in measurements]
+    return Retraining(
+        run=str(run.directory.path.resolve()),
+        base=config,
+        base_fingerprint=weights,
+        sequences=sequences,
+        measurements=tuple(measurements),
+        settings=settings,
+        fingerprint=digest(
+            [FORMAT, weights, run.description["fingerprints"]["tokenizer"], sequences, run.store.ids, queries, asdict(settings)]
+        ),
+    )
+
+
+def _check_base(loaded: LanguageModel, run: Run, base: str) -> None:
+    if model_fingerprint(loaded.model) == run.description["fingerprints"]["model"]:
+        raise RequestError(f"--base: {base} is the run's own model, already trained on the data; give the model that it was trained from")
+    if loaded.tokenizer.get_vocab() != run.tokenizer.get_vocab():
+        raise RequestError(
+            f"--base: the tokenizer of {base} has another vocabulary than the run's: it was not the beginning of the run's model"
+        )
+    known = embedded_tokens(loaded.model)
+    if len(run.tokenizer) > known:
+        raise RequestError(f"--base: {base} knows {known} tokens, but the run's tokenizer has {len(run.tokenizer)}")
+    limit, needed = longest_sequence(loaded.model), max(len(sequence.tokens) for sequence in run.store)
+    if limit is not None and needed > limit:
+        raise RequestError(f"--base: {base} has {limit} positions, but a training sequence has {needed} tokens")
+
+
+class RetrainingWork:
+    """One worker's side: base model and sequences are loaded with the first unit, and kept."""
+
+    def __init__(self, retraining: Retraining) -> None:
+        self.retraining = retraining
+
+    @cached_property
+    def run(self) -> Run:
+        return Run(self.retraining.run)
+
+    @cached_property
+    def sequences(self) -> tuple[TrainingSequence, ...]:
+        return tuple(self.run.store)
+
+    @cached_property
+    def base(self) -> LanguageModel:
+        loaded = load_model(self.retraining.base)
+        found = model_fingerprint(loaded.model)
+        if found != self.retraining.base_fingerprint:
+            raise RequestError(
+                f"--base: the weights at {self.retraining.base.name} changed, or are others on this machine (fingerprint {found})"
+            )
+        return loaded
+
+    def do(self, _: str, unit: str) -> None:
+        """Trains and measures one model, and leaves its losses in the run directory, unless they are there already."""
+        made_from = self.retraining.unit_fingerprint(unit)
+        if self.run.directory.is_done(self.retraining.place, unit, made_from):
+            return
+        losses = self._losses(*subset_and_seed(unit))
+        self.run.directory.write_unit(
+            self.retraining.place, unit, made_from, lambda directory: np.save(directory / "losses.npy", losses, allow_pickle=False)
+        )
+
+    def _losses(self, subset: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        mask, settings = random_half(self.run.store.ids, subset), self.retraining.settings
+        half = [sequence for sequence, chosen in zip(self.sequences, mask, strict=True) if chosen]
+        model = fine_tuned(self.base.model, half, settings, seed=int(digest([subset, seed])[7:22], 16))
+        return query_losses(model, self.retraining.measurements, settings.batch_size)
+
+
+def unit_of(subset: int, seed: int) -> str:
+    return f"subset-{subset:05d}-seed-{seed}"
+
+
+def subset_and_seed(unit: str) -> tuple[int, int]:
+    _, subset, _, seed = unit.split("-")
+    return int(subset), int(seed)
+
+
+def retrain(run: Run, retraining: Retraining, num_subsets: int, num_seeds: int, resources: ResourcesConfig) -> Path:
+    """Does what is missing of the units, and writes the bank of them all below the run's `evaluations/`. Returns its path."""
+    units = [unit_of(subset, seed) for subset in range(num_subsets) for seed in range(num_seeds)]
+    with run.directory.exclusive(), ExitStack() as stack:
+        missing = [unit for unit in units if not run.directory.is_done(retraining.place, unit, retraining.unit_fingerprint(unit))]
+        if missing:
+            do_all = _executor(retraining, resources, stack)
+            progress = stack.enter_context(bar("retraining"))
+            finished = len(units) - len(missing)
+            progress.advance(finished, len(units))
+
+            def done(_: str) -> None:
+                nonlocal finished
+                finished += 1
+                progress.advance(finished, len(units))
+
+            do_all(missing, done)
+        directory = run.directory.path / retraining.place
+        write_json(directory / "retraining.json", _record(retraining))
+        path = directory / f"bank-{num_subsets}-subsets-{num_seeds}-seeds.npz"
+        write_bank(path, _bank(run, retraining, num_subsets, num_seeds))
+    return path
+
+
+def _record(retraining: Retraining) -> dict[str, Any]:
+    """What people may want to know of a bank later."""
+    return {
+        "base": retraining.base.name,
+        "base_fingerprint": retraining.base_fingerprint,
+        "sequences": retraining.sequences,
+        "queries": [measurement.prompt + measurement.completion for measurement in retraining.measurements],
+        "settings": asdict(retraining.settings),
+        "fingerprint": retraining.fingerprint,
+    }
+
+
+def _executor(retraining: Retraining, resources: ResourcesConfig, stack: ExitStack) -> Callable[[Sequence[str], Done], None]:
+    work = RetrainingWork(retraining)
+    if resources.workers == 0 and resources.address is None:
+
+        def in_this_process(units: Sequence[str], done: Done) -> None:
+            for unit in units:
+                work.do("retraining", unit)
+                done(unit)
+
+        return in_this_process
+    workers = RayWorkers(resources, stack.enter_context(ray_connection(resources)), work)
+    stack.callback(workers.close)
+    return lambda units, done: workers.do_all("retraining", units, done)
+
+
+def _bank(run: Run, retraining: Retraining, num_subsets: int, num_seeds: int) -> Bank:
+    def losses(subset: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        path = run.directory.unit_path(retraining.place, unit_of(subset, seed)) / "losses.npy"
+        return np.asarray(np.load(path, allow_pickle=False))
+
+    return Bank(
+        masks=np.stack([random_half(run.store.ids, subset) for subset in range(num_subsets)]),
+        losses=np.stack([[losses(subset, seed) for subset in range(num_subsets)] for seed in range(num_seeds)]),
+        sequences=retraining.sequences,
+        queries=tuple(query_digest(measurement) for measurement in retraining.measurements),
+    )
+
+
+def check_bank_size(num_subsets: int, num_seeds: int, num_sequences: int) -> None:
+    """Raises RequestError for a bank that nothing could be measured with."""
+    if num_subsets < FEWEST_SUBSETS:
+        raise RequestError(f"--subsets: a rank correlation needs at least {FEWEST_SUBSETS} subsets, not {num_subsets}")
+    if num_seeds < 1:
+        raise RequestError(f"--seeds must be at least 1, not {num_seeds}")
+    if num_sequences < 2:
+        raise RequestError("a run of one training sequence has no halves to train on")

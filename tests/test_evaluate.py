@@ -1,0 +1,432 @@
+"""`influence evaluate RUN lds`: banks given and banks made, resumed to the same numbers, and one clear line for every mistake."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from small_run import World, command, everything, finish, finished_run, model, small_world, write_jsonl
+
+from influence.attribution import gradient_norms, precondition, query_gradients
+from influence.config import ResourcesConfig
+from influence.errors import RequestError
+from influence.evaluation.bank import read_bank
+from influence.evaluation.methods import METHODS, scores_by
+from influence.evaluation.retraining import RetrainingSettings, fine_tuned, query_losses, random_half
+from influence.run import Run, open_run
+from jobs import cli
+from jobs.answers import Asked, measurements_of
+from jobs.executors import ray_connection
+from jobs.retraining import retrain, retraining_of
+
+QUERIES = [
+    {"id": "pair", "prompt": "Lisbon lies on", "completion": " the Tagus."},
+    {"text": "Oslo lies on the Aker."},
+    {"id": 7, "text": "We reached Lima in the rain."},
+]
+N, Q, S = 65, len(QUERIES), 8
+FEW = ("--subsets", 3, "--seeds", 1, "--epochs", 1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return small_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Never to be changed."""
+    return finished_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def run(finished: Path) -> Run:
+    return open_run(finished)
+
+
+@pytest.fixture(scope="module")
+def base(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with the run's tokenizer, as if the run's had been trained from it."""
+    directory = Path(shutil.copytree(world.model, tmp_path_factory.mktemp("base") / "model"))
+    model(320, seed=1).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def queries(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "queries.jsonl", QUERIES)
+
+
+@pytest.fixture
+def asked(run: Run, queries: Path) -> Asked:
+    return measurements_of(run, None, None, None, None, queries)
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Path:
+    """Losses of two queries under models that were never trained."""
+    rng = np.random.default_rng(0)
+    masks, losses = np.argsort(rng.random((S, N)), axis=1) < N // 2, rng.standard_normal((2, S, 2))
+    np.savez(tmp_path / "bank.npz", masks=masks, query_losses=losses + 2 * rng.standard_normal((S, 2)))
+    return tmp_path / "bank.npz"
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads: None) -> None:
+    torch.set_num_threads(1)
+
+
+Influence = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def influence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Influence:
+    """The console script in this process: exit status, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["influence", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+def found(outcome: tuple[int, str, str]) -> dict[str, Any]:
+    status, out, err = outcome
+    assert status == 0, err
+    assert out.count("\n") == 1
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+def refused(outcome: tuple[int, str, str], message: str) -> None:
+    status, out, err = outcome
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
+
+
+# with a bank
+
+
+def test_json_and_files_say_what_was_measured(influence: Influence, copy: Path, queries: Path, bank: Path, tmp_path: Path) -> None:
+    own = np.random.default_rng(1).standard_normal((Q, N))
+    np.save(tmp_path / "own.npy", own)
+    outcome = influence("evaluate", copy, "lds", "--queries", queries, "--bank", bank, "--scores", f"own={tmp_path / 'own.npy'}", "--json")
+    answer = found(outcome)
+    assert "the bank has losses of 2 queries: the first 2 of 3 are evaluated" in outcome[2]
+    assert [method["name"] for method in answer["methods"]] == ["ekfac", "gradient-cosine", "bm25", "own"]
+    assert answer["queries"] == ["pair", "2"]
+    assert (answer["num_subsets"], answer["num_seeds"], answer["num_sequences"]) == (S, 2, N)
+    assert 0 < answer["ceiling"] < 1
+    file = np.load(bank)
+    for query in range(2):
+        expected = spearmanr(-(own[query] @ file["masks"].T), file["query_losses"].mean(0)[:, query]).statistic
+        assert answer["methods"][3]["per_query"][query] == pytest.approx(expected)
+    first, *others = answer["methods"]
+    assert first["difference"] is None
+    for method in others:
+        assert method["lds"] == pytest.approx(np.mean(method["per_query"]))
+        assert method["difference"]["lds"] == pytest.approx(method["lds"] - first["lds"])
+        low, high = method["difference"]["interval"]
+        assert low <= high
+    assert [method["seconds"] is None for method in answer["methods"]] == [False, False, False, True]
+    assert json.loads((copy / "evaluations/lds.json").read_text()) == answer
+    assert (copy / "evaluations/lds.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (copy / "evaluations").iterdir()) == ["lds.json", "lds.png"]
+
+
+def test_people_see_a_table_and_where_the_files_are(
+    influence: Influence, finished: Path, queries: Path, bank: Path, tmp_path: Path
+) -> None:
+    before, out = everything(finished), tmp_path / "new" / "place"
+    words = ("--queries", queries, "--bank", bank, "--out", out, "--method", "gradient-dot", "--method", "bm25", "--method", "bm25")
+    status, text, err = influence("evaluate", finished, "lds", *words)
+    assert status == 0, err
+    rows = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert [name for name in rows if name] == ["gradient-dot", "bm25"]
+    assert f"2 queries, {S} subsets of {N} training sequences, 2 seeds each; noise ceiling 0." in text
+    assert f"written: {out / 'lds.json'}, {out / 'lds.png'}" in text
+    assert sorted(path.name for path in out.iterdir()) == ["lds.json", "lds.png"]
+    assert everything(finished) == before
+
+
+def test_methods_are_what_they_are_called(run: Run, asked: Asked) -> None:
+    measurements = [measurement for _, measurement in asked]
+    found = {method: scores_by(method, run, measurements, lambda done, total: None) for method in METHODS}
+    gradients = query_gradients(run.attributed, measurements).gradients
+    np.testing.assert_allclose(found["ekfac"], run.exact_scores(precondition(gradients, run.factors)), rtol=1e-6)
+    norms = gradient_norms(run.attributed, list(run.store))
+    np.testing.assert_allclose(found["gradient-cosine"] * norms, found["gradient-dot"], rtol=1e-4, atol=1e-6)
+    result = run.query("Lisbon lies on", " the Tagus.", k=N, exact=True)
+    scores = {sequence.id: sequence.score for sequence in result.sequences}
+    np.testing.assert_allclose(found["ekfac"][0] / N, [scores[name] for name in run.store.ids], rtol=1e-3, atol=1e-6)
+    np.testing.assert_array_equal(found["bm25"][1], run.lexical.scores("Oslo lies on the Aker.", N))
+
+
+def test_methods_do_not_depend_on_how_many_queries_fit_at_once(finished: Path, asked: Asked) -> None:
+    measurements = [measurement for _, measurement in asked]
+    alone, together = open_run(finished), open_run(finished)
+    assert alone.attributed.budget == together.attributed.budget
+    alone.memory_budget = 1  # its batches stay as they are, but queries come one at a time
+    for method in ("ekfac", "gradient-cosine"):
+        one, other = (scores_by(method, opened, measurements, lambda done, total: None) for opened in (alone, together))
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
+
+
+# wrong requests
+
+WRONG = [
+    (["recall"], "there is no metric 'recall'; there is: lds"),
+    (["lds"], "give --bank FILE.npz, or --retrain --base DIR to make one"),
+    (["lds", "--bank", "BANK", "--retrain", "--base", "BASE"], "or --retrain --base DIR to make one, not both"),
+    (["lds", "--retrain"], "--retrain needs --base: the model before it was trained on the data"),
+    (["lds", "--bank", "BANK", "--subsets", "8"], "--subsets goes with --retrain, not with --bank"),
+    (["lds", "--bank", "BANK", "--learning-rate", "1e-3"], "--learning-rate goes with --retrain, not with --bank"),
+    (["lds", "--bank", "BANK", "--method", "ekafc"], "there is no method 'ekafc'; there are: ekfac, gradient-cosine, gradient-dot, bm25"),
+    (["lds", "--bank", "nowhere.npz"], "nowhere.npz cannot be read: No such file"),
+    (["lds", "--bank", "QUERIES"], "is not a bank of retrained models: expected an .npz file of plain arrays"),
+    (["lds", "--bank", "OTHER"], "subsets are of 64 training sequences, but the run has 65"),
+    (["lds", "--bank", "BANK", "--scores", "own"], "--scores: expected NAME=FILE.npy with a name of letters, digits and .+-_, got 'own'"),
+    (["lds", "--bank", "BANK", "--scores", "a$b=x.npy"], "--scores: expected NAME=FILE.npy"),
+    (["lds", "--bank", "BANK", "--scores", "bm25=x.npy"], "--scores: there are two methods called 'bm25'"),
+    (["lds", "--bank", "BANK", "--scores", "own=no.npy"], "no.npy cannot be read: No such file"),
+    (["lds", "--bank", "BANK", "--scores", "own=BANK"], "is not an .npy file of plain numbers"),
+    (["lds", "--bank", "BANK", "--out", "BANK"], "bank.npz is not a directory that can be written to"),
+    (["lds", "--bank", "BANK", "--memory-budget", "much"], "--memory-budget: 'much' is not a size such as 4GiB"),
+    (["lds", "--retrain", "--base", "./no"], "there is no model directory at"),
+    (["lds", "--retrain", "--base", "MODEL"], "is the run's own model, already trained on the data"),
+    (["lds", "--retrain", "--base", "BASE", "--subsets", "2"], "--subsets: a rank correlation needs at least 3 subsets, not 2"),
+    (["lds", "--retrain", "--base", "BASE", "--seeds", "0"], "--seeds must be at least 1, not 0"),
+    (["lds", "--retrain", "--base", "BASE", "--epochs", "0"], "epochs and batch size must be at least 1, not 0 and 16"),
+    (["lds", "--retrain", "--base", "BASE", "--learning-rate", "nan"], "the learning rate must be a number above 0, not nan"),
+    (["lds", "--retrain", "--base", "BASE", "--weight-decay", "-1"], "the weight decay must be a number from 0, not -1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_request_is_refused(
+    arguments: list[str], message: str, influence: Influence, finished: Path, world: World, base: Path, queries: Path, bank: Path
+) -> None:
+    other = bank.with_name("other.npz")
+    np.savez(other, masks=np.ones((S, N - 1), bool), query_losses=np.ones((1, S, 2)))
+    places = {"BANK": bank, "OTHER": other, "BASE": base, "MODEL": world.model, "QUERIES": queries}
+    words = [re.sub("|".join(places), lambda name: str(places[name[0]]), word) for word in arguments]
+    before = everything(finished)
+    refused(influence("evaluate", finished, *words, "--queries", queries), message)
+    assert everything(finished) == before
+
+
+def test_base_of_another_vocabulary_is_refused(influence: Influence, finished: Path, base: Path, queries: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["!"], vocabulary["#"] = vocabulary["#"], vocabulary["!"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    words = ("evaluate", finished, "lds", "--queries", queries, "--retrain", "--base", other)
+    refused(influence(*words), "has another vocabulary than the run's")
+
+
+def test_run_that_is_not_finished_is_refused_before_models_are_retrained(
+    influence: Influence, copy: Path, base: Path, queries: Path
+) -> None:
+    shutil.rmtree(copy / "factors")
+    refused(
+        influence("evaluate", copy, "lds", "--queries", queries, "--retrain", "--base", base), "is not finished: factors/all is missing"
+    )
+    assert not (copy / "evaluations").exists()
+
+
+# retraining
+
+
+def test_halves_are_halves_and_do_not_depend_on_each_other_or_on_the_order() -> None:
+    ids = [f"doc-{n}" for n in range(N)]
+    halves = np.stack([random_half(ids, subset) for subset in range(200)])
+    assert set(halves.sum(1)) == {N // 2}
+    assert len({half.tobytes() for half in halves}) == 200
+    np.testing.assert_array_equal(random_half(ids[::-1], 7)[::-1], halves[7])
+    # Each sequence is in a half with probability 32/65, and each pair with (32·31)/(65·64): five standard deviations of 200 draws
+    assert np.abs(halves.mean(0) - 32 / 65).max() < 5 * 0.5 / 200**0.5
+    together = (halves[:, None] & halves[:, :, None]).mean(0)[np.triu_indices(N, 1)]
+    assert np.abs(together - 32 * 31 / (65 * 64)).max() < 5 * 0.43 / 200**0.5
+
+
+def test_fine_tuning_is_the_plain_loop_with_adamw(run: Run) -> None:
+    """Against a loop written out with Hugging Face's own loss and torch's schedule, one sequence a batch, so that no padding is needed."""
+    base = model(320, seed=1)
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    sequences = [run.store[number] for number in range(6)]
+    settings = RetrainingSettings(epochs=2, batch_size=1, learning_rate=1e-3, weight_decay=0.1, warmup_share=0.25)
+    state = torch.get_rng_state()
+    found = fine_tuned(base, sequences, settings, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert not found.training
+
+    generator, other = torch.Generator().manual_seed(5), model(320, seed=1)
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.1)
+    shares = [1 / 3, 2 / 3, 1, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shares[min(step, 11)])
+    for _ in range(2):
+        for place in torch.randperm(6, generator=generator).tolist():
+            ids = torch.from_numpy(sequences[place].tokens.astype(np.int64))[None]
+            optimizer.zero_grad()
+            other(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            scheduler.step()
+    for (name, one), two in zip(found.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5, msg=name)  # Adam divides by √v, which amplifies rounding at first
+
+
+def test_seed_governs_the_training(run: Run, asked: Asked) -> None:
+    base, measurements = model(320, seed=1), [measurement for _, measurement in asked]
+    settings = RetrainingSettings(epochs=1)
+    losses = [query_losses(fine_tuned(base, list(run.store), settings, seed), measurements, 16) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(losses[0], losses[1])
+    assert (losses[0] != losses[2]).all()
+    assert (losses[0] < query_losses(base, measurements, 16)).mean() > 0.5  # it did learn something
+
+
+def test_query_losses_are_minus_the_measurements(run: Run, asked: Asked) -> None:
+    prompt, model = "Lisbon lies on", run.language_model.model
+    expected = [-run.query(item.prompt, item.completion, k=1).query["log_probability"] for _, item in asked]
+    np.testing.assert_allclose(query_losses(model, [item for _, item in asked], 2), expected, rtol=1e-5)
+    one, other = query_losses(model, [run.measure(prompt, " the"), run.measure(prompt, " Po.")], 16)
+    (between,) = query_losses(model, [run.measure(prompt, " the", contrast=" Po.")], 16)
+    assert between == pytest.approx(one - other, rel=1e-4)
+
+
+def test_training_that_diverges_is_refused(run: Run, asked: Asked) -> None:
+    broken = model(320, seed=1)
+    with torch.no_grad():
+        broken.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(RequestError, match="losses are not finite: training diverged; lower the learning rate"):
+        query_losses(broken, [asked[0][1]], 16)
+
+
+def units(run: Path) -> dict[str, int]:
+    """When each retrained model's losses were written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in run.glob("evaluations/retrained-*/*/losses.npy")}
+
+
+def test_bank_is_made_kept_and_extended(influence: Influence, copy: Path, base: Path, queries: Path) -> None:
+    words = ("evaluate", copy, "lds", "--queries", queries, "--json")
+    first = found(influence(*words, "--retrain", "--base", base, *FEW))
+    assert (len(first["queries"]), first["num_subsets"], first["num_seeds"], first["ceiling"]) == (Q, 3, 1, None)
+    bank, before = read_bank(Path(first["bank"])), units(copy)
+    np.testing.assert_array_equal(bank.masks, [random_half(open_run(copy).store.ids, subset) for subset in range(3)])
+    again = found(influence(*words, "--bank", first["bank"]))
+    assert [m["lds"] for m in again["methods"]] == [m["lds"] for m in first["methods"]]
+
+    more = found(influence(*words, "--retrain", "--base", base, "--subsets", 4, "--seeds", 2, "--epochs", 1, "--method", "bm25"))
+    larger = read_bank(Path(more["bank"]))
+    np.testing.assert_array_equal(larger.losses[:1, :3], bank.losses)
+    assert len(units(copy)) == 8
+    assert {name: units(copy)[name] for name in before} == before, "what was there is not trained again"
+    assert more["ceiling"] is not None
+
+    others = write_jsonl(queries.with_name("others.jsonl"), QUERIES[1:])
+    fewer = found(influence("evaluate", copy, "lds", "--queries", others, "--json", "--bank", more["bank"], "--method", "bm25"))
+    assert fewer["queries"] == ["1", "7"]
+    assert fewer["methods"][0]["per_query"] == more["methods"][0]["per_query"][1:]
+    stranger = write_jsonl(queries.with_name("stranger.jsonl"), [{"text": "Perth lies on the Swan."}])
+    refused(influence("evaluate", copy, "lds", "--queries", stranger, "--bank", more["bank"]), "query 1 is not one of the 3 whose losses")
+
+    status, _, err = influence("status", copy, "--verify")
+    assert (status, err) == (0, "")
+
+
+def test_other_settings_do_not_mix(influence: Influence, copy: Path, base: Path, queries: Path) -> None:
+    words = ("evaluate", copy, "lds", "--queries", queries, "--json", "--retrain", "--base", base, "--method", "bm25", "--subsets", 3)
+    banks = [
+        found(influence(*words, "--seeds", 1, "--epochs", 1, *options))["bank"]
+        for options in ((), ("--learning-rate", 1e-3), ("--batch-size", 8))
+    ]
+    assert len(set(banks)) == 3
+    records = [json.loads((Path(bank).parent / "retraining.json").read_text()) for bank in banks]
+    assert [record["settings"]["learning_rate"] for record in records] == [5e-4, 1e-3, 5e-4]
+    losses = [read_bank(Path(bank)).losses for bank in banks]
+    assert (losses[0] != losses[1]).all()
+    assert (losses[0] != losses[2]).all()
+
+
+def test_damaged_unit_is_refused_by_its_name(influence: Influence, copy: Path, base: Path, queries: Path) -> None:
+    words = ("evaluate", copy, "lds", "--queries", queries, "--json", "--retrain", "--base", base, "--method", "bm25", *FEW)
+    found(influence(*words))
+    (path,) = copy.glob("evaluations/retrained-*/subset-00001-seed-0/losses.npy")
+    path.write_bytes(b"")
+    refused(influence(*words), f"{path} is damaged: 0 bytes, expected")
+
+
+def wait_for(pattern: str, place: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not any(place.glob(pattern)):
+        assert process.poll() is None, f"the command ended before {pattern} appeared"
+        assert time.monotonic() < deadline, f"{pattern} did not appear"
+        time.sleep(0.0005)
+
+
+def test_killed_retraining_goes_on_to_the_same_bank(influence: Influence, copy: Path, finished: Path, base: Path, queries: Path) -> None:
+    words = ("--queries", queries, "--json", "--retrain", "--base", base, "--method", "bm25", "--subsets", 4, "--seeds", 1)
+    process = command("evaluate", copy, "lds", *words)
+    wait_for("evaluations/*/subset-00000-seed-0", copy, process)
+    process.send_signal(signal.SIGSTOP)  # or it would be done before it is met
+    refused(influence("evaluate", copy, "lds", *words), "another process is working on")
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    (place,) = copy.glob("evaluations/retrained-*")
+    (place / ".partial-left").mkdir(exist_ok=True)
+    before = units(copy)
+    assert 1 <= len(before) < 4
+    resumed = found(influence("evaluate", copy, "lds", *words))
+    assert {name: units(copy)[name] for name in before} == before
+    assert not list(place.glob(".partial-*"))
+    undisturbed = Path(shutil.copytree(finished, copy.with_name("undisturbed")))
+    other = found(influence("evaluate", undisturbed, "lds", *words))
+    assert Path(resumed["bank"]).read_bytes() == Path(other["bank"]).read_bytes()
+    assert resumed["methods"][0]["per_query"] == other["methods"][0]["per_query"]
+
+
+@pytest.fixture
+def on_ray() -> Iterator[ResourcesConfig]:
+    resources = ResourcesConfig(workers=2)
+    connection: AbstractContextManager[int] = ray_connection(resources)
+    with connection:
+        yield resources
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Ray's notice of what a later version will do with accelerators
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves the log files of its processes open
+def test_retraining_on_ray_gives_the_same_losses(finished: Path, base: Path, asked: Asked, on_ray: ResourcesConfig, tmp_path: Path) -> None:
+    banks = []
+    for name, resources in (("here", ResourcesConfig()), ("ray", on_ray)):
+        opened = open_run(shutil.copytree(finished, tmp_path / name))
+        retraining = retraining_of(opened, str(base), [measurement for _, measurement in asked], RetrainingSettings(epochs=1))
+        banks.append(read_bank(retrain(opened, retraining, 4, 1, resources)))
+    np.testing.assert_array_equal(banks[0].masks, banks[1].masks)
+    np.testing.assert_allclose(banks[0].losses, banks[1].losses, rtol=1e-3)  # workers may run more threads: sums in another order
