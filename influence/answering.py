@@ -76,16 +76,21 @@ def answer_both_ends(
 def _answers(
     runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, signs: Sequence[float], progress: Progress
 ) -> list[list[InfluenceResult]]:
-    """Works through as many queries at a time as have vectors that fit into a quarter of the memory budget."""
-    _check_alike(runs)
-    attributed_parameters = sum(layer.shape[0] * layer.shape[1] for layer in runs[0].coverage.layers)
-    vectors_per_query = 10 if options.refine else 2  # a solver's iterate, residual, direction and products
-    at_once = max(1, runs[0].memory_budget // 4 // (4 * vectors_per_query * attributed_parameters))
-    groups = [measurements[first : first + at_once] for first in range(0, len(measurements), at_once)]
+    check_alike(runs)
+    groups = in_groups(measurements, runs[0], options.refine)
     return [results for group in groups for results in _answers_of_group(runs, group, options, signs, progress)]
 
 
-def _check_alike(runs: Sequence["Run"]) -> None:
+def in_groups(measurements: Sequence[Measurement], run: "Run", refine: RefineOptions | None) -> list[Sequence[Measurement]]:
+    """The measurements, as many at a time as have vectors that fit into a quarter of the memory budget."""
+    numbers_per_vector = sum(layer.shape[0] * layer.shape[1] for layer in run.coverage.layers)
+    vectors_per_query = 10 if refine else 2  # of a solver: iterate, residual, direction, and products as parameters and as vectors
+    at_once = max(1, run.memory_budget // 4 // (4 * vectors_per_query * numbers_per_vector))
+    return [measurements[first : first + at_once] for first in range(0, len(measurements), at_once)]
+
+
+def check_alike(runs: Sequence["Run"]) -> None:
+    """Raises RequestError when the runs' scores cannot be averaged."""
     first, *others = runs
     for other in others:
         for what, differs in (
@@ -123,14 +128,7 @@ class _Asked:
 def _asked(run: "Run", measurements: Sequence[Measurement], options: QueryOptions, progress: Progress) -> _Asked:
     attributed = _selected(run.attributed, options.layers)
     found = query_gradients(attributed, measurements)
-    solution = None
-    if options.refine is None:
-        vectors = precondition(found.gradients, run.factors)
-    else:
-        sequences = [run.store[int(number)] for number in np.sort(run.hash_order(run.factors_config.seed)[: options.refine.sequences])]
-        damping = {layer.name: run.refining_damping[layer.name] for layer in attributed.layers}
-        solution = refine(attributed, found.gradients, run.factors, damping, sequences, options.refine, progress)
-        vectors = solution.vectors
+    vectors, solution = solved(run, attributed, found.gradients, options.refine, progress)
     weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
     rows = query_rows(vectors, run.factors, run.features, run.signs)
     estimates = run.exact_scores(vectors, attributed, progress) if options.exact else all_scores(rows, run.rows)
@@ -144,6 +142,18 @@ def _asked(run: "Run", measurements: Sequence[Measurement], options: QueryOption
         rows=rows,
         estimates=estimates * weights,
     )
+
+
+def solved(
+    run: "Run", attributed: AttributedModel, gradients: dict[str, torch.Tensor], options: RefineOptions | None, progress: Progress = ignore
+) -> tuple[dict[str, torch.Tensor], Solution | None]:
+    """(G + λI)⁻¹ of the queries' gradients by EK-FAC; or refined, with how that went."""
+    if options is None:
+        return precondition(gradients, run.factors), None
+    sequences = [run.store[int(number)] for number in np.sort(run.hash_order(run.factors_config.seed)[: options.sequences])]
+    damping = {layer.name: run.refining_damping[layer.name] for layer in attributed.layers}
+    solution = refine(attributed, gradients, run.factors, damping, sequences, options, progress)
+    return solution.vectors, solution
 
 
 def _selected(everything: AttributedModel, patterns: Sequence[str]) -> AttributedModel:

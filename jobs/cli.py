@@ -19,7 +19,7 @@ from rich.text import Text
 from typer.exceptions import TyperException
 
 from influence.answering import QueryOptions
-from influence.config import load_config, parse_bytes
+from influence.config import load_config
 from influence.errors import RequestError
 from influence.refinement import RefineOptions
 from influence.result import InfluenceResult
@@ -27,27 +27,25 @@ from influence.run import Run, open_run
 from jobs.answers import answer_queries, answers_with_opponents, asked_before, keep_answers, measurements_of, writable_page, write_page
 from jobs.driver import run_all, stage_states
 from jobs.evaluate import evaluate
-from jobs.options import with_config_options
+from jobs.options import (
+    AlsoRuns,
+    Debug,
+    Json,
+    Memory,
+    ModelOption,
+    Normalize,
+    Refine,
+    RefineSequences,
+    RefineSteps,
+    open_within,
+    with_config_options,
+)
 from jobs.progress import say
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Which training examples made this model say that?"
 )
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-Refine = Annotated[
-    bool, typer.Option("--refine", help="solve with the exact Gauss-Newton Hessian by conjugate gradients, EK-FAC being the preconditioner")
-]
-RefineSteps = Annotated[int, typer.Option("--refine-steps", help="at most so many conjugate-gradient steps")]
-RefineSequences = Annotated[int, typer.Option("--refine-sequences", help="over how many training sequences the exact Hessian is averaged")]
-AlsoRuns = Annotated[
-    list[Path] | None,
-    typer.Option("--also", metavar="RUN", help="average the scores with this run of another checkpoint or training; may be repeated"),
-]
-Normalize = Annotated[bool, typer.Option("--normalize", help="divide each score by √self-influence of its sequence (RelatIF)")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="where the model is now, if it moved; its weights must be the same")]
-Memory = Annotated[str, typer.Option("--memory-budget", help="memory for model, factors and batches")]
 Out = Annotated[Path, typer.Option("--out", help="directory for everything the demo makes")]
 
 
@@ -175,7 +173,7 @@ def query(
     debug: Debug = False,
 ) -> None:
     """The most influential training sequences for a completion."""
-    opened = _open(run, model, memory_budget)
+    opened = open_within(run, model, memory_budget)
     options = QueryOptions(
         k=k,
         opponents=opponents,
@@ -187,7 +185,7 @@ def query(
         bm25=bm25,
     )
     asked = measurements_of(opened, prompt, completion, contrast, span, queries)
-    results = answer_queries([opened, *(_open(other, None, memory_budget) for other in also or [])], asked, options)
+    results = answer_queries([opened, *(open_within(other, None, memory_budget) for other in also or [])], asked, options)
     keep_answers(opened, results, opponents)
     if queries is not None and as_json:
         _print_json({"queries": [result.to_json() | {"id": name} for (name, _), result in zip(asked, results, strict=True)]})
@@ -223,12 +221,12 @@ def report(
 
     Without a query, the queries asked of this run so far are reported.
     """
-    opened = _open(run, model, memory_budget)
+    opened = open_within(run, model, memory_budget)
     nothing_asked = prompt is None and queries is None
     page = writable_page(out or opened.directory.path / "report.html")
     asked = asked_before(opened) if nothing_asked else measurements_of(opened, prompt, completion, None, None, queries)
     refinement = _refinement(refine, refine_steps, refine_sequences)
-    runs = [opened, *(_open(other, None, memory_budget) for other in also or [])]
+    runs = [opened, *(open_within(other, None, memory_budget) for other in also or [])]
     answers = answers_with_opponents(runs, asked, QueryOptions(k=k, exact=exact, normalize=normalize, refine=refinement, bm25=True))
     write_page(page, answers, opened)
     if as_json:
@@ -245,13 +243,6 @@ def _refinement(wanted: bool, steps: int, sequences: int) -> RefineOptions | Non
     if not wanted and chosen != RefineOptions():
         raise RequestError("--refine-steps and --refine-sequences go with --refine")
     return chosen if wanted else None
-
-
-def _open(run: Path, model: str | None, memory_budget: str) -> Run:
-    budget = parse_bytes(memory_budget)  # what is not a size comes back as it is
-    if not isinstance(budget, int) or budget <= 0:
-        raise RequestError(f"--memory-budget: {memory_budget!r} is not a size such as 4GiB")
-    return open_run(run, model=model, memory_budget=budget)
 
 
 # what people see

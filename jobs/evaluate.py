@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from influence.config import ResourcesConfig, parse_bytes
+from influence.config import ResourcesConfig
 from influence.errors import RequestError
-from influence.run import Run, open_run
+from influence.refinement import RefineOptions
+from influence.run import Run
 from jobs.answers import Asked, measurements_of
+from jobs.options import AlsoRuns, Debug, Json, Memory, ModelOption, RefineSequences, RefineSteps, open_within
 from jobs.progress import say
 
 if TYPE_CHECKING:
@@ -43,17 +45,22 @@ def evaluate(
     address: Annotated[str | None, typer.Option("--address", help="address of a Ray cluster that retrains")] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="ekfac, gradient-cosine, gradient-dot or bm25; may be repeated (all but gradient-dot)"),
+        typer.Option(
+            "--method", help="ekfac, refined, index, gradient-cosine, gradient-dot or bm25; may be repeated (ekfac, gradient-cosine, bm25)"
+        ),
     ] = None,
     scores: Annotated[
         list[str] | None,
         typer.Option("--scores", metavar="NAME=FILE", help=".npy file [queries, sequences] of another method's scores; may be repeated"),
     ] = None,
+    refine_steps: RefineSteps = RefineOptions.steps,
+    refine_sequences: RefineSequences = RefineOptions.sequences,
+    also: AlsoRuns = None,
     out: Annotated[Path | None, typer.Option("--out", help="directory for lds.json and lds.png; RUN/evaluations when left out")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="where the model is now, if it moved; its weights must be the same")] = None,
-    memory_budget: Annotated[str, typer.Option("--memory-budget", help="memory for model, factors and batches")] = "16GiB",
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    model: ModelOption = None,
+    memory_budget: Memory = "16GiB",
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """How far the answers can be trusted: their scores against what retraining without sequences really does."""
     if metric not in KNOWN_METRICS:
@@ -63,11 +70,12 @@ def evaluate(
     given = {name: value for name, value in {**training, **other}.items() if value is not None}
     _check_source(bank, retrain, given)
     outcome = _evaluate_lds(
-        run=_open(run, model, memory_budget),
+        runs=[open_within(run, model, memory_budget), *(open_within(other, None, memory_budget) for other in also or [])],
         queries=queries,
         bank=bank,
         retraining=given,
         methods=tuple(dict.fromkeys(method or DEFAULT_METHODS)),
+        refine=RefineOptions(steps=refine_steps, sequences=refine_sequences),
         scores=scores or (),
         out=out,
     )
@@ -89,11 +97,12 @@ def _check_source(bank: Path | None, retrain: bool, given: Mapping[str, Any]) ->
 
 def _evaluate_lds(
     *,
-    run: Run,
+    runs: Sequence[Run],
     queries: Path,
     bank: Path | None,
     retraining: Mapping[str, Any],
     methods: Sequence[str],
+    refine: RefineOptions,
     scores: Sequence[str],
     out: Path | None,
 ) -> "LdsOutcome":
@@ -101,6 +110,7 @@ def _evaluate_lds(
     from influence.evaluation.methods import check_method, read_scores
     from jobs.lds import measure_lds, scored
 
+    run = runs[0]
     for method in methods:
         check_method(method)
     files = _named_files(scores, methods)
@@ -109,9 +119,11 @@ def _evaluate_lds(
     external = {name: read_scores(path, len(asked), len(run.store)) for name, path in files.items()}
     places, make_bank = _retrained_bank(run, asked, retraining) if bank is None else _given_bank(run, asked, bank)
     asked = [asked[place] for place in places]
-    tables = scored(run, methods, [measurement for _, measurement in asked], {name: table[places] for name, table in external.items()})
+    tables = scored(
+        runs, methods, [measurement for _, measurement in asked], refine, {name: table[places] for name, table in external.items()}
+    )
     path, known = make_bank()
-    outcome = measure_lds(run, asked, tables, known, path, directory)
+    outcome = measure_lds(runs, asked, tables, known, path, directory)
     outcome.write()
     return outcome
 
@@ -172,10 +184,3 @@ def _writable_directory(path: Path) -> Path:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise RequestError(f"--out: {nearest} is not a directory that can be written to; name another one")
     return path
-
-
-def _open(run: Path, model: str | None, memory_budget: str) -> Run:
-    budget = parse_bytes(memory_budget)  # what is not a size comes back as it is
-    if not isinstance(budget, int) or budget <= 0:
-        raise RequestError(f"--memory-budget: {memory_budget!r} is not a size such as 4GiB")
-    return open_run(run, model=model, memory_budget=budget)

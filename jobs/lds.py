@@ -27,6 +27,7 @@ from influence.evaluation.lds import (
 from influence.evaluation.methods import scores_by
 from influence.evaluation.plot import PlottedScore, score_plot
 from influence.measurement import Measurement
+from influence.refinement import RefineOptions
 from influence.run import Run
 from influence.run_directory import write_file, write_json
 from jobs.answers import Asked
@@ -67,7 +68,7 @@ class Measured:
 class LdsOutcome:
     """What `influence evaluate RUN lds` measured, and the files of it."""
 
-    run: Run
+    runs: tuple[Run, ...]
     bank: Bank
     bank_path: Path
     queries: tuple[str, ...]  # ids
@@ -76,24 +77,25 @@ class LdsOutcome:
     out: Path
 
     def to_json(self) -> dict[str, Any]:
-        made_from = self.run.description["fingerprints"]
+        made_from = self.runs[0].description["fingerprints"]
         return {
             "metric": "lds",
-            "run": str(self.run.directory),
+            "run": str(self.runs[0].directory),
+            "averaged_over": [str(run.directory) for run in self.runs],
             "methods": [measured.to_json() for measured in self.methods],
             "ceiling": self.ceiling,
             "queries": list(self.queries),
             "num_subsets": self.bank.num_subsets,
             "num_seeds": self.bank.num_seeds,
-            "num_sequences": len(self.run.store),
+            "num_sequences": len(self.runs[0].store),
             "confidence": CONFIDENCE,
             "num_resamples": NUM_RESAMPLES,
             "bank": str(self.bank_path),
             "plot": str(self.out / "lds.png"),
             "provenance": {
                 **{name: made_from[name] for name in ("model", "tokenizer", "data")},
-                "factors": self.run.fingerprints["factors"],
-                "damping": self.run.description["settings"]["factors"]["damping"],
+                "factors": self.runs[0].fingerprints["factors"],
+                "damping": self.runs[0].description["settings"]["factors"]["damping"],
             },
         }
 
@@ -122,7 +124,9 @@ class LdsOutcome:
     @property
     def _sizes(self) -> str:
         seeds = "one seed each" if self.bank.num_seeds == 1 else f"{self.bank.num_seeds} seeds each"
-        return f"{self.bank.num_queries} queries, {self.bank.num_subsets} subsets of {len(self.run.store):,} training sequences, {seeds}"
+        return (
+            f"{self.bank.num_queries} queries, {self.bank.num_subsets} subsets of {len(self.runs[0].store):,} training sequences, {seeds}"
+        )
 
 
 def _interval(interval: tuple[float, float], form: str) -> str:
@@ -131,19 +135,23 @@ def _interval(interval: tuple[float, float], form: str) -> str:
 
 
 def scored(
-    run: Run, methods: Sequence[str], measurements: Sequence[Measurement], external: Mapping[str, NDArray[np.float64]]
+    runs: Sequence[Run],
+    methods: Sequence[str],
+    measurements: Sequence[Measurement],
+    refine: RefineOptions,
+    external: Mapping[str, NDArray[np.float64]],
 ) -> list[Scores]:
     """The scores of all methods, with a progress bar for each that is computed; the external ones last."""
     found = []
     for method in methods:
         start = time.perf_counter()
         with bar(f"scores by {method}") as progress:
-            table = scores_by(method, run, measurements, progress.advance)
+            table = scores_by(method, runs, measurements, refine, progress.advance)
         found.append(Scores(name=method, table=table, seconds=time.perf_counter() - start))
     return found + [Scores(name=name, table=table, seconds=None) for name, table in external.items()]
 
 
-def measure_lds(run: Run, asked: Asked, scores: Sequence[Scores], bank: Bank, bank_path: Path, out: Path) -> LdsOutcome:
+def measure_lds(runs: Sequence[Run], asked: Asked, scores: Sequence[Scores], bank: Bank, bank_path: Path, out: Path) -> LdsOutcome:
     """The score of each method against the bank, whose queries are those asked."""
     found = [linear_datamodelling_score(one.table, bank) for one in scores]
     methods = [
@@ -151,7 +159,7 @@ def measure_lds(run: Run, asked: Asked, scores: Sequence[Scores], bank: Bank, ba
         for place, (one, score) in enumerate(zip(scores, found, strict=True))
     ]
     return LdsOutcome(
-        run=run,
+        runs=tuple(runs),
         bank=bank,
         bank_path=bank_path,
         queries=tuple(name for name, _ in asked),

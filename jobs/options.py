@@ -1,14 +1,44 @@
-"""Every configuration key as a command-line option, made from the configuration's own models, so that the two cannot differ."""
+"""Options of the command line that several commands share, and every configuration key as an option.
+
+The latter are made from the configuration's own models, so that the two cannot differ.
+"""
 
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 
-from influence.config import Config
+from influence.config import Config, parse_bytes
+from influence.errors import RequestError
+from influence.run import Run, open_run
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Refine = Annotated[
+    bool, typer.Option("--refine", help="solve with the exact Gauss-Newton Hessian by conjugate gradients, EK-FAC being the preconditioner")
+]
+RefineSteps = Annotated[int, typer.Option("--refine-steps", help="at most so many conjugate-gradient steps")]
+RefineSequences = Annotated[int, typer.Option("--refine-sequences", help="over how many training sequences the exact Hessian is averaged")]
+AlsoRuns = Annotated[
+    list[Path] | None,
+    typer.Option("--also", metavar="RUN", help="average the scores with this run of another checkpoint or training; may be repeated"),
+]
+Normalize = Annotated[bool, typer.Option("--normalize", help="divide each score by √self-influence of its sequence (RelatIF)")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="where the model is now, if it moved; its weights must be the same")]
+Memory = Annotated[str, typer.Option("--memory-budget", help="memory for model, factors and batches")]
+
+
+def open_within(run: Path, model: str | None, memory_budget: str) -> Run:
+    """The run in the directory `run`, to work within that memory. Raises RequestError when it is no run, or that no size."""
+    budget = parse_bytes(memory_budget)  # what is not a size comes back as it is
+    if not isinstance(budget, int) or budget <= 0:
+        raise RequestError(f"--memory-budget: {memory_budget!r} is not a size such as 4GiB")
+    return open_run(run, model=model, memory_budget=budget)
+
 
 # What people type for the keys they need most.
 _SHORT = {"model.name": "--model", "data.files": "--data", "run.dir": "--out"}

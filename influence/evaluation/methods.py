@@ -6,31 +6,38 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from influence.attribution import gradient_norms, precondition, query_gradients
+from indexing import all_scores, query_rows
+from influence.answering import QueryOptions, check_alike, in_groups, solved
+from influence.attribution import gradient_norms, query_gradients, score_sequences
 from influence.errors import RequestError
 from influence.measurement import Measurement
+from influence.refinement import RefineOptions
 from influence.run import Run
 
-METHODS = ("ekfac", "gradient-cosine", "gradient-dot", "bm25")
+METHODS = ("ekfac", "refined", "index", "gradient-cosine", "gradient-dot", "bm25")
 
 Progress = Callable[[int, int], None]
-"""Called with (sequences done, sequences in all)."""
+"""Called with (units of work done, units in all)."""
 
 
-def scores_by(method: str, run: Run, measurements: Sequence[Measurement], progress: Progress) -> NDArray[np.float64]:
+def scores_by(
+    method: str, runs: Sequence[Run], measurements: Sequence[Measurement], refine: RefineOptions, progress: Progress
+) -> NDArray[np.float64]:
     """[Q, N]: positive where training on the sequence is said to raise the measurement; up to a positive factor of each query.
 
-    Works through as many queries at a time as have gradients that fit into a quarter of the memory budget.
+    `index` is what a query gets: estimates from the rows, but exact scores of the candidates. Averaged over the runs, but for `bm25`, which knows
+    texts only.
     """
     check_method(method)
+    check_alike(runs)
+    first = runs[0]
     if method == "bm25":
-        return np.stack([run.lexical.scores(f"{m.prompt}{m.completion}", len(run.store)) for m in measurements])
-    parameters = sum(layer.shape[0] * layer.shape[1] for layer in run.attributed.layers)
-    at_once = max(1, run.memory_budget // 4 // (8 * parameters))
-    groups = [measurements[first : first + at_once] for first in range(0, len(measurements), at_once)]
-    scores = np.concatenate([_gradient_scores(method, run, group, progress) for group in groups])
-    return scores / _norms(run) if method == "gradient-cosine" else scores
+        return np.stack([first.lexical.scores(f"{m.prompt}{m.completion}", len(first.store)) for m in measurements])
+    groups = in_groups(measurements, first, refine if method == "refined" else None)
+    by_run = [np.concatenate([_gradient_scores(method, run, group, refine, progress) for group in groups]) for run in runs]
+    return np.asarray(np.mean(by_run, axis=0))
 
 
 def check_method(method: str) -> None:
@@ -39,11 +46,26 @@ def check_method(method: str) -> None:
         raise RequestError(f"there is no method {method!r}; there are: {', '.join(METHODS)}")
 
 
-def _gradient_scores(method: str, run: Run, measurements: Sequence[Measurement], progress: Progress) -> NDArray[np.float64]:
+def _gradient_scores(
+    method: str, run: Run, measurements: Sequence[Measurement], refine: RefineOptions, progress: Progress
+) -> NDArray[np.float64]:
     gradients = query_gradients(run.attributed, measurements).gradients
-    if method == "ekfac":
-        return run.exact_scores(precondition(gradients, run.factors), progress=progress)
-    return run.exact_scores(gradients, progress=progress)  # the query's own norm makes no difference to a ranking of sequences
+    if method == "gradient-dot":
+        return run.exact_scores(gradients, progress=progress)
+    if method == "gradient-cosine":  # the query's own norm makes no difference to a ranking of sequences
+        return run.exact_scores(gradients, progress=progress) / _norms(run)
+    vectors, _ = solved(run, run.attributed, gradients, refine if method == "refined" else None, progress)
+    return _through_the_index(run, vectors) if method == "index" else run.exact_scores(vectors, progress=progress)
+
+
+def _through_the_index(run: Run, vectors: dict[str, Tensor]) -> NDArray[np.float64]:
+    rows = query_rows(vectors, run.factors, run.features, run.signs)
+    scores = all_scores(rows, run.rows).astype(np.float64)
+    for sign in (1.0, -1.0):
+        for query, numbers in enumerate(run.index.search(np.float32(sign) * rows, QueryOptions().candidates).numbers):
+            one = {name: vector[query] for name, vector in vectors.items()}
+            scores[query, numbers] = score_sequences(run.attributed, one, [run.store[int(number)] for number in numbers]).totals
+    return scores
 
 
 def _norms(run: Run) -> NDArray[np.float64]:

@@ -160,12 +160,30 @@ def _sequence(
             )
             for key, value in (result.get("metadata") or {}).items()
         ],
+        "runs": _by_run(result.get("runs") or {}, where),
         "bm25": "" if not lexical else "not found by BM25" if bm25 is None else f"BM25 rank {bm25:,}",
     }
     numbers = {"anchor": here, "score": _short(score)}
     if tokens:
         numbers |= {"widths": spelling.widths(texts), "joined": _joined(parts), **packed(scores)}
     return page, numbers
+
+
+def _by_run(scores: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The score by each of several runs, in their order, as bars of a small plot: their heights within 24 pixels of which zero lies in the middle."""
+    values = {name: _finite(value, where) for name, value in scores.items()}
+    largest = max((abs(value) for value in values.values()), default=0.0) or 1.0
+    return [
+        {
+            "name": spelling.shown(name),
+            "score_text": words.signed(value),
+            "x": 7 * place,
+            "y": round(12 - max(0.0, 12 * value / largest), 2),
+            "height": round(max(0.5, 12 * abs(value) / largest), 2),
+            "side": "minus" if value < 0 else "plus",
+        }
+        for place, (name, value) in enumerate(values.items())
+    ]
 
 
 def _per_piece(parts: Sequence[tuple[str, int]], values: Sequence[float | None], where: str) -> list[float | None]:

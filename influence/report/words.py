@@ -81,7 +81,13 @@ def tail_sentence(distribution: Mapping[str, Any]) -> str:
 
 def trust(provenance: Mapping[str, Any]) -> list[str]:
     """What was approximated in an answer and how well that is known, as sentences."""
-    return [_curvature(provenance), _search(provenance), _recall(provenance)]
+    several = provenance.get("averaged_over") or []
+    averaged = (
+        [f"Scores are averages over {len(several)} runs; what is said here of the model and its factors is of the first."]
+        if several
+        else []
+    )
+    return [_curvature(provenance), *averaged, _search(provenance), _recall(provenance)]
 
 
 def _curvature(provenance: Mapping[str, Any]) -> str:
@@ -93,10 +99,23 @@ def _curvature(provenance: Mapping[str, Any]) -> str:
     )
     if method == "ekfac":
         return first
+    if method == "refined":
+        return _refined(provenance.get("refinement") or {})
     if isinstance(method, str) and "ekfac" in method.lower():
         return f"{first} The method is recorded as “{method}”."
     name = f"“{method}”" if method else "not recorded"
     return f"Scores are first-order predictions, not retrainings. The method for the curvature is {name}{held}."
+
+
+def _refined(refinement: Mapping[str, Any]) -> str:
+    damping = refinement.get("damping")
+    held = ", damped in the metric of the optimizer that trained the model" if damping == "optimizer" else _damping(damping)
+    sequences, steps, residual = (plain(refinement.get(key)) for key in ("sequences", "steps", "relative_residual"))
+    return (
+        f"Scores are first-order predictions, not retrainings. The curvature is the exact Gauss–Newton Hessian of {sequences} training sequences, "
+        f"over all layers together{held}; the system was solved by {steps} steps of conjugate gradients from the EK-FAC answer on, which left a "
+        f"relative residual of {residual}."
+    )
 
 
 def _damping(damping: Any) -> str:
