@@ -1,9 +1,10 @@
 """The cost of each pass as a multiple of F: a plain forward and backward pass with all weight gradients, over the same tokens.
 
-    python benchmarks/passes.py [--layers 6 --width 384 --length 128 --sequences 128 --vocabulary 4096 --repeats 3]
+    python benchmarks/passes.py [--layers 6 --width 384 --length 128 --sequences 128 --vocabulary 4096 --repeats 3] [--blocks]
 
 Passes and F take turns on one GPT-2-architecture model with random weights and random tokens, on the GPU when there is one; the table shows
-medians. F is given its best batch size of those tried. Nothing is written to disk but the table, on standard output.
+medians. All parameters are attributed, or with --blocks those of the linear layers of the blocks. F is given its best batch size of those tried.
+Nothing is written to disk but the table, on standard output.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from indexing import encode_rows, feature_rows, feature_spec, spreaders
 from influence.attribution import AttributedModel, precondition, query_gradients, scan, score_sequences
 from influence.batches import batch_budget, collate, in_batches
 from influence.measurement import Measurement
+from influence.refinement import RefineOptions, refine
 from influence.sequences import TrainingSequence
 
 
@@ -40,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, default in {"layers": 6, "width": 384, "length": 128, "sequences": 128, "vocabulary": 4096, "repeats": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--blocks", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -54,7 +57,7 @@ def main() -> None:
     )
     model = GPT2LMHeadModel(config).to(device).eval()
     sequences = random_sequences(options.sequences, options.length, options.vocabulary)
-    passes = Passes(model, sequences, device)
+    passes = Passes(model, sequences, device, ["*.attn.*", "*.mlp.*"] if options.blocks else ["*"])
     seconds: dict[str, list[float]] = {}
     for _ in range(options.repeats):
         for name, work in passes.all().items():
@@ -92,11 +95,11 @@ def table(seconds: dict[str, float]) -> str:
 class Passes:
     """Every pass of the main job as a function without arguments, the factors made once beforehand."""
 
-    def __init__(self, model: GPT2LMHeadModel, sequences: list[TrainingSequence], device: torch.device) -> None:
+    def __init__(self, model: GPT2LMHeadModel, sequences: list[TrainingSequence], device: torch.device, patterns: list[str]) -> None:
         self.model, self.sequences, self.device = model, sequences, device
         example = torch.zeros((1, 2), dtype=torch.int64, device=device)
-        self.layers = attributable_layers(model, lambda m: m(input_ids=example), ["*.h.*"]).layers
-        budget = batch_budget(model, self.layers, 8 * 2**30, 0, len(sequences[0].tokens))
+        self.layers = attributable_layers(model, lambda m: m(input_ids=example), patterns).layers
+        budget = batch_budget(model, self.layers, 8 * 2**30, len(sequences[0].tokens))
         self.attributed = AttributedModel(model=model, layers=self.layers, budget=budget, device=device)
         self.batches = [batch for _, batch in in_batches(sequences, budget, device)]
         self.loss = drawn_label_loss(0)
@@ -108,6 +111,7 @@ class Passes:
         dimensions = {name: factor.effective_dimension() for name, factor in self.factors.items()}
         self.spec = feature_spec(self.layers, dimensions, 4096, seed=0)
         self.signs = spreaders(self.spec, device)
+        self.damping = {name: factor.damping for name, factor in self.factors.items()}
         self.queries = self.preconditioned(16)
 
     def all(self) -> dict[str, Callable[[], object]]:
@@ -126,6 +130,9 @@ class Passes:
                 self.attributed, {name: vector[:1] for name, vector in self.queries.items()}, self.sequences
             ),
             "exact scan, 16 queries, their gradients included": lambda: scan(self.attributed, self.preconditioned(16), self.sequences),
+            "Gauss-Newton product with 16 vectors": lambda: refine(
+                self.attributed, self.queries, self.factors, self.damping, self.sequences, RefineOptions(steps=1), lambda *_: None
+            ),
             "rerank of all sequences, with layers and tokens": lambda: score_sequences(
                 self.attributed, {name: vector[0] for name, vector in self.queries.items()}, self.sequences
             ),

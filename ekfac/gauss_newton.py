@@ -39,8 +39,8 @@ def gauss_newton_product(model: nn.Module, layers: Sequence[Layer], batch: Seque
         values, backward = vjp(logits, weights)[:2]
         changes = vmap(lambda tangent: jvp(logits, (weights,), (tangent,))[1])(tangents)
         probabilities = values.softmax(-1)
-        weighted = probabilities * changes
-        curved = weighted - probabilities * weighted.sum(-1, keepdim=True)
+        means = torch.einsum("mv,qmv->qm", probabilities, changes)
+        curved = changes.sub_(means[:, :, None]).mul_(probabilities)
         (products,) = vmap(backward)(curved)
     return as_vectors(model, layers, products)
 

@@ -92,7 +92,9 @@ def in_groups(measurements: Sequence[Measurement], run: "Run", refine: RefineOpt
 def check_alike(runs: Sequence["Run"]) -> None:
     """Raises RequestError when the runs' scores cannot be averaged."""
     first, *others = runs
-    for other in others:
+    for place, other in enumerate(others):
+        if any(other.directory.path.resolve() == before.directory.path.resolve() for before in runs[: place + 1]):
+            raise RequestError(f"{other.directory} is given twice: each run counts once in an average")
         for what, differs in (
             ("were made from other training sequences", first.fingerprints["sequences"] != other.fingerprints["sequences"]),
             ("attribute other layers", first.coverage.layers != other.coverage.layers),
@@ -126,7 +128,7 @@ class _Asked:
 
 
 def _asked(run: "Run", measurements: Sequence[Measurement], options: QueryOptions, progress: Progress) -> _Asked:
-    attributed = _selected(run.attributed, options.layers)
+    attributed = selected(run.attributed, options.layers)
     found = query_gradients(attributed, measurements)
     vectors, solution = solved(run, attributed, found.gradients, options.refine, progress)
     weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
@@ -156,7 +158,8 @@ def solved(
     return solution.vectors, solution
 
 
-def _selected(everything: AttributedModel, patterns: Sequence[str]) -> AttributedModel:
+def selected(everything: AttributedModel, patterns: Sequence[str]) -> AttributedModel:
+    """The model with only those layers that match one of the globs; all when there are none. Raises RequestError for one that matches nothing."""
     for pattern in patterns:
         if not any(matches(layer, [pattern]) for layer in everything.layers):
             raise RequestError(
@@ -238,7 +241,7 @@ def _ranked(asked: list[_Asked], measurement: Measurement, options: QueryOptions
     for rank, place in enumerate(ranking.order, 1):
         sequence = run.store[ranking.numbers[place]]
         by_layer, by_token = ranking.scores.layers[place] / total, ranking.scores.tokens[place] / total
-        runs = {one.run.directory.path.name: float(scores.totals[place]) / total for one, scores in zip(asked, ranking.by_run, strict=True)}
+        runs = {name: float(scores.totals[place]) / total for name, scores in zip(_names(asked), ranking.by_run, strict=True)}
         ranked.append(
             RankedSequence(
                 rank=rank,
@@ -253,6 +256,12 @@ def _ranked(asked: list[_Asked], measurement: Measurement, options: QueryOptions
             )
         )
     return ranked
+
+
+def _names(asked: list[_Asked]) -> list[str]:
+    """Of the runs: their directories' own names, or whole paths where two have the same name."""
+    names = [one.run.directory.path.name for one in asked]
+    return names if len(set(names)) == len(names) else [str(one.run.directory) for one in asked]
 
 
 def _coverage(asked: _Asked) -> dict[str, Any]:

@@ -318,6 +318,12 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
         table.add_row(str(sequence.rank), f"{sequence.score:+.4g}", Text(sequence.id), *lexical, text)
     console.print(table)
     recall = provenance["recall_at_10"]
+    if refinement := provenance.get("refinement"):
+        console.print(
+            f"refined in {refinement['steps']} steps to a relative residual of {refinement['relative_residual']:.2g}, with the exact Hessian of "
+            f"{refinement['sequences']:,} sequences, damping {refinement['damping']}",
+            style="dim",
+        )
     console.print(
         f"searched {provenance['searched']:,} sequences, reranked {provenance['candidates']:,} exactly in {provenance['seconds']:.2f} s; "
         f"{result.coverage['parameters_attributed']:.1%} of the parameters; recall of the top 10 "

@@ -291,7 +291,10 @@ QUERIES = [
     ([PROMPT, COMPLETION, "-k", "-3"], "k must be at least 1, not -3"),
     ([PROMPT, COMPLETION, "-k", "many"], "Invalid value for '-k'"),
     ([PROMPT, COMPLETION, "--candidates", "0"], "candidates must be at least 1, not 0"),
-    ([PROMPT, COMPLETION, "--layers", "nothing"], "no attributed layer matches 'nothing'; there are 8, such as transformer.h.0"),
+    ([PROMPT, COMPLETION, "--layers", "nothing"], "no attributed layer matches 'nothing'; there are 15, such as transformer.wte"),
+    ([PROMPT, COMPLETION, "--refine", "--refine-steps", "0"], "refinement needs at least one step and one sequence, not 0 and 256"),
+    ([PROMPT, COMPLETION, "--refine-steps", "3"], "--refine-steps and --refine-sequences go with --refine"),
+    ([PROMPT, COMPLETION, "--also", "nowhere"], "nowhere is not a run directory"),
     ([PROMPT, COMPLETION, "--unknown"], "No such option: --unknown"),
     ([PROMPT, COMPLETION, "--memory-budget", "much"], "--memory-budget: 'much' is not a size such as 4GiB"),
     ([PROMPT, COMPLETION, "--memory-budget", "1.2.3GiB"], "--memory-budget: '1.2.3GiB' is not a size such as 4GiB"),
@@ -392,8 +395,7 @@ def check_shape(answer: dict[str, Any]) -> None:
         if result["text"].isascii():  # a token may be a part of any other character
             assert "".join(token for token, _ in result["tokens"]) == result["text"]
         assert result["metadata"].keys() == {"source"}
-    assert 0 < answer["coverage"]["parameters_attributed"] < 1
-    assert "lm_head" in answer["coverage"]["excluded"]
+    assert answer["coverage"] == {"parameters_attributed": 1, "excluded": {}}
     provenance = answer["provenance"]
     assert provenance["method"] == "ekfac"
     assert provenance["searched"] == NUM_SEQUENCES
@@ -425,6 +427,23 @@ def test_exact_scan_agrees_with_rerank_of_all_candidates(influence: Influence, a
     assert [r["id"] for r in exact["results"]] == [r["id"] for r in reranked]
     assert [r["score"] for r in exact["results"]] == pytest.approx([r["score"] for r in reranked], rel=1e-4)
     assert exact["provenance"]["recall_at_10"] == 1
+
+
+def test_refined_and_averaged_answers_say_so(influence: Influence, asked: Path, tmp_path: Path) -> None:
+    words = ("--refine", "--refine-steps", 2, "--refine-sequences", 8, "-k", 3)
+    refined = influence("query", asked, PROMPT, COMPLETION, *words)
+    assert "refined in 2 steps to a relative residual of" in " ".join(refined.out.split())
+    assert "refining: 2/2" in refined.err
+    other = shutil.copytree(asked, tmp_path / "other")
+    answer = influence("query", asked, PROMPT, COMPLETION, *words, "--also", other, "--json").json
+    assert answer["provenance"]["method"] == "refined"
+    assert answer["provenance"]["refinement"]["sequences"] == 8
+    assert len(answer["provenance"]["averaged_over"]) == 2
+    assert all(result["runs"] == dict.fromkeys(("run", "other"), pytest.approx(result["score"])) for result in answer["results"])
+    influence("query", asked, PROMPT, COMPLETION, "--also", asked).says("is given twice: each run counts once in an average")
+    page = influence("report", asked, PROMPT, COMPLETION, *words, "--out", tmp_path / "page.html")
+    assert page.status == 0, page.err
+    assert "exact Gauss–Newton Hessian of 8 training sequences" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_scores_add_up_over_layers_spans_and_contrasts(influence: Influence, asked: Path) -> None:

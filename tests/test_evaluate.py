@@ -24,6 +24,7 @@ from influence.errors import RequestError
 from influence.evaluation.bank import read_bank
 from influence.evaluation.methods import METHODS, scores_by
 from influence.evaluation.retraining import RetrainingSettings, fine_tuned, query_losses, random_half
+from influence.refinement import RefineOptions
 from influence.run import Run, open_run
 from jobs import cli
 from jobs.answers import Asked, measurements_of
@@ -36,6 +37,7 @@ QUERIES = [
     {"id": 7, "text": "We reached Lima in the rain."},
 ]
 N, Q, S = 65, len(QUERIES), 8
+SHORT = RefineOptions(steps=2, sequences=8)
 FEW = ("--subsets", 3, "--seeds", 1, "--epochs", 1)
 
 
@@ -172,7 +174,7 @@ def test_people_see_a_table_and_where_the_files_are(
 
 def test_methods_are_what_they_are_called(run: Run, asked: Asked) -> None:
     measurements = [measurement for _, measurement in asked]
-    found = {method: scores_by(method, run, measurements, lambda done, total: None) for method in METHODS}
+    found = {method: scores_by(method, [run], measurements, SHORT, lambda done, total: None) for method in METHODS}
     gradients = query_gradients(run.attributed, measurements).gradients
     np.testing.assert_allclose(found["ekfac"], run.exact_scores(precondition(gradients, run.factors)), rtol=1e-6)
     norms = gradient_norms(run.attributed, list(run.store))
@@ -181,6 +183,10 @@ def test_methods_are_what_they_are_called(run: Run, asked: Asked) -> None:
     scores = {sequence.id: sequence.score for sequence in result.sequences}
     np.testing.assert_allclose(found["ekfac"][0] / N, [scores[name] for name in run.store.ids], rtol=1e-3, atol=1e-6)
     np.testing.assert_array_equal(found["bm25"][1], run.lexical.scores("Oslo lies on the Aker.", N))
+    np.testing.assert_allclose(found["index"], found["ekfac"], rtol=1e-3, atol=1e-6)  # every sequence is a candidate
+    refined = run.query("Lisbon lies on", " the Tagus.", k=N, exact=True, refine=SHORT)
+    scores = {sequence.id: sequence.score for sequence in refined.sequences}
+    np.testing.assert_allclose(found["refined"][0] / N, [scores[name] for name in run.store.ids], rtol=1e-3, atol=1e-6)
 
 
 def test_methods_do_not_depend_on_how_many_queries_fit_at_once(finished: Path, asked: Asked) -> None:
@@ -189,7 +195,7 @@ def test_methods_do_not_depend_on_how_many_queries_fit_at_once(finished: Path, a
     assert alone.attributed.budget == together.attributed.budget
     alone.memory_budget = 1  # its batches stay as they are, but queries come one at a time
     for method in ("ekfac", "gradient-cosine"):
-        one, other = (scores_by(method, opened, measurements, lambda done, total: None) for opened in (alone, together))
+        one, other = (scores_by(method, [opened], measurements, SHORT, lambda done, total: None) for opened in (alone, together))
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
 
 

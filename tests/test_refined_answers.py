@@ -127,7 +127,7 @@ def test_damping_of_an_optimizer_is_its_own_metric(trained: Run) -> None:
     state = load_file(Path(trained.model_config.name) / FILE)
     moment = state["exp_avg_sq.transformer.h.0.mlp.c_fc.weight"] / (1 - 0.999**3)
     tokens = trained.store.summary["counted_tokens"] / len(trained.store)
-    expected = tokens * (moment.sqrt() + 1e-8) / 3e-3
+    expected = tokens * (moment.sqrt() + 1e-8) / (3e-3 / 2)
     torch.testing.assert_close(trained.refining_damping["transformer.h.0.mlp.c_fc"][:, :-1], expected.T)  # type: ignore[index]
     tied = trained.refining_damping["transformer.wte"]
     assert isinstance(tied, torch.Tensor)

@@ -228,6 +228,19 @@ def test_texts_and_scores_are_there_without_a_script() -> None:
     assert "".join([given["query"]["prompt"], given["query"]["completion"]]) in paragraphs
 
 
+def test_scores_by_run_are_drawn_and_put_in_words() -> None:
+    several = query()
+    several["results"][0]["runs"] = {"step-100": -0.01, "step-<200>": 0.02, "step-300": 0.0}
+    several["provenance"]["averaged_over"] = [{"run": name} for name in several["results"][0]["runs"]]
+    page = render_report(report(several))
+    (drawn,) = re.findall(r"<svg[^>]*aria-label=\"Score by run:.*?</svg>", page, re.S)
+    bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)" y="([\d.]+)" width="5" height="([\d.]+)">', drawn)
+    assert [(side, float(y), float(height)) for side, _, y, height in bars] == [("minus", 12, 6), ("plus", 0, 12), ("plus", 12, 0.5)]
+    assert "step-&lt;200&gt;: +0.0200 nats" in drawn
+    assert "Scores are averages over 3 runs" in page
+    assert "Score by run" not in render_report(report(query()))
+
+
 def test_every_id_is_its_own_and_every_link_has_its_target() -> None:
     for given in (report(query("a"), query("a"), query("b c")), hostile_report()):
         page = Page(render_report(given))
@@ -422,6 +435,15 @@ def test_tail_is_put_in_words() -> None:
     assert words.tail_share([[0.0, 0.0], [0.02, 0.5]], 0.01) == pytest.approx(0.25)
     assert words.tail_sentence({"tail": [[0.5, 0.9], [1.0, 1.0]], "num_sequences": 2}) == ""
     assert words.tail_sentence({}) == ""
+
+
+def test_trust_says_how_an_answer_was_refined() -> None:
+    refinement = {"steps": 8, "relative_residual": 0.21, "sequences": 256, "damping": "optimizer"}
+    (curvature, *_) = words.trust({"method": "refined", "damping": 0.1, "refinement": refinement})
+    for part in ("exact Gauss–Newton Hessian of 256 training sequences", "8 steps", "residual of 0.21", "metric of the optimizer"):
+        assert part in curvature
+    (curvature, *_) = words.trust({"method": "refined", "refinement": refinement | {"damping": 0.1}})
+    assert "damped by 0.1 × each layer’s mean corrected eigenvalue" in curvature
 
 
 def test_trust_says_what_was_and_was_not_done() -> None:
