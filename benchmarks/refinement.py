@@ -48,9 +48,8 @@ def main() -> None:
     print(
         f"{torch.get_num_threads()} threads; {parameters:,} parameters, G of {options.sequences} sequences, D: {run.refining_damping_name}"
     )
-    print(
-        f"F: {plain:.2f} s; {len(lines)} queries, {options.steps} steps: {seconds:.1f} s, {seconds / len(lines):.2f} s a query, {seconds / plain:.1f} F"
-    )
+    print(f"F: {plain:.2f} s; {len(lines)} queries, {options.steps} steps: {seconds:.1f} s, {seconds / plain:.1f} F", end="")
+    print(f", {seconds / len(lines):.2f} s a query")
     print(
         "mean relative residuals:",
         " ".join(f"{value:.3f}" for value in solution.residuals.mean(1).tolist()),

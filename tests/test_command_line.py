@@ -160,7 +160,7 @@ SETTINGS = [
     ({"index": {"bytes_per_sequence": "1.2.3GiB"}}, "index.bytes_per_sequence: "),
     ({"resources": {"memory_budget": "tiny"}}, "resources.memory_budget: "),
     ({"data": {"sequence_length": POSITIONS + 1}}, f"data.sequence_length is 33, but the model has {POSITIONS} positions: lower it"),
-    ({"factors": {"layers": "nothing*"}}, "no attributable layer matches 'nothing*'; there are 8, such as: transformer.h.0"),
+    ({"factors": {"layers": "nothing*"}}, "no attributable layer matches 'nothing*'; there are 15, such as: transformer.wte"),
     ({"index": {"bytes_per_sequence": 2}}, "index.bytes_per_sequence is 2, but 8 layers need at least 16: raise it"),
     ({"resources": {"memory_budget": "1KiB"}}, "resources.memory_budget is too small: the model, its factors and one sequence need"),
     ({"data": {"files": "no.jsonl"}}, "no data file at"),

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from indexing import all_scores, query_rows
+from indexing import query_rows
 from influence.answering import QueryOptions, check_alike, in_groups, solved
 from influence.attribution import gradient_norms, query_gradients, score_sequences
 from influence.errors import RequestError
@@ -27,8 +27,8 @@ def scores_by(
 ) -> NDArray[np.float64]:
     """[Q, N]: positive where training on the sequence is said to raise the measurement; up to a positive factor of each query.
 
-    `index` is what a query gets: estimates from the rows, but exact scores of the candidates. Averaged over the runs, but for `bm25`, which knows
-    texts only.
+    `index` is what a query gets: exact scores of the index's candidates at both ends, nothing of the others. Scores are averaged over the runs,
+    but for those of `bm25`, which knows texts only.
     """
     check_method(method)
     check_alike(runs)
@@ -60,7 +60,7 @@ def _gradient_scores(
 
 def _through_the_index(run: Run, vectors: dict[str, Tensor]) -> NDArray[np.float64]:
     rows = query_rows(vectors, run.factors, run.features, run.signs)
-    scores = all_scores(rows, run.rows).astype(np.float64)
+    scores = np.zeros((len(rows), len(run.store)))
     for sign in (1.0, -1.0):
         for query, numbers in enumerate(run.index.search(np.float32(sign) * rows, QueryOptions().candidates).numbers):
             one = {name: vector[query] for name, vector in vectors.items()}
