@@ -162,9 +162,11 @@ def _judged(names: tuple[str, ...], modules: dict[str, nn.Module], calls: dict[s
 
 def _embedding(names: tuple[str, ...], table: str, heads: list[str], modules: dict[str, nn.Module], call: _Call) -> Layer | str:
     weight: Any = modules[table].weight
-    rows = weight[call.inputs].detach()
-    factor = float((rows * call.output).sum() / rows.square().sum()) if bool(rows.any()) else 1.0
-    if not torch.allclose(factor * rows, call.output.to(rows.dtype), rtol=1e-2, atol=1e-6):
+    if call.inputs.is_floating_point() or not bool(((call.inputs >= 0) & (call.inputs < len(weight))).all()):
+        return "embedding: not called with the numbers of its rows"
+    rows = weight[call.inputs.long()].detach()
+    factor = float((rows * call.output).sum() / rows.square().sum()) if bool(rows.any()) and rows.shape == call.output.shape else 1.0
+    if rows.shape != call.output.shape or not torch.allclose(factor * rows, call.output.to(rows.dtype), rtol=1e-2, atol=1e-6):
         return "embedding: what it gives is not a multiple of its rows"
     bias = bool(heads) and modules[heads[0]].bias is not None
     return Layer(

@@ -153,7 +153,8 @@ def solved(
     if options is None:
         return precondition(gradients, run.factors), None
     sequences = [run.store[int(number)] for number in np.sort(run.hash_order(run.factors_config.seed)[: options.sequences])]
-    damping = {layer.name: run.refining_damping[layer.name] for layer in attributed.layers}
+    share = options.training_share if run.optimizer_state else 1.0
+    damping = {layer.name: run.refining_damping[layer.name] / share for layer in attributed.layers}
     solution = refine(attributed, gradients, run.factors, damping, sequences, options, progress)
     return solution.vectors, solution
 

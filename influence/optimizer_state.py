@@ -1,10 +1,10 @@
 """The state that an optimizer of the Adam family left behind, and the damping that follows from it.
 
-Training with Adam moves the parameters by learning rate × gradient / √v. A change of the training loss therefore moves them, over a whole training,
-by about (G + D)⁻¹ of its gradient with D = T · diag(√v̂ + ε) / (½ Σ learning rates): what the optimizer did not have the time to reach is damped,
-in its own metric. T is the mean number of counted tokens of a sequence, for Adam saw the gradient of the mean loss per token and G is that of the
-sum. Half of the sum is what is left of the training, on average, when a sequence is seen: along a direction of curvature h in that metric the
-response is ∫ e^(-h·rest) = (1 - e^(-hS)) / h over a training of length S, which for small hS falls like that of 1 / (h + 2/S).
+Training with Adam moves the parameters by learning rate × gradient / √v. Along a direction of curvature h in that metric, what one sequence adds to
+the loss moves them, over a training whose learning rates sum to S, by ∫ e^(-h·rest) = (1 - e^(-hS)) / h times its gradient, whatever the schedule.
+Up to a factor that falls like 1 / (h + 2/S) for small hS and like 1/h, which 1 / (h + 1/S) meets sooner, for large hS; 1.5/S lies between. So the
+whole response is about (G + D)⁻¹ with D = 1.5 · T · diag(√v̂ + ε) / S: what the optimizer did not have the time to reach is damped, in its own
+metric. T is the mean number of counted tokens of a sequence, for Adam saw the gradient of the mean loss per token and G is that of the sum.
 """
 
 import os
@@ -46,7 +46,7 @@ class OptimizerState:
                     f"{FILE} has {came} second moment of {name} {tuple(expected)}: it belongs to another model, or the layer was not trained "
                     "(factors.layers leaves it out)"
                 )
-        scale = tokens_per_sequence / (self.learning_rate_sum / 2)
+        scale = 1.5 * tokens_per_sequence / self.learning_rate_sum
         vectors = as_vectors(model, layers, {name: moment.sqrt() + self.epsilon for name, moment in self.second_moments.items()})
         device = next(model.parameters()).device
         return {name: (scale * vector).to(device) for name, vector in vectors.items()}

@@ -25,15 +25,17 @@ TANGENT_TOKENS = {"cpu": 8192, "cuda": 262_144}
 class RefineOptions:
     """How far an answer is refined."""
 
-    sequences: int = 256  # training sequences whose mean G is
-    steps: int = 8  # at most so many conjugate-gradient steps
+    sequences: int = 512  # training sequences whose mean G is
+    steps: int = 6  # at most so many conjugate-gradient steps
     tolerance: float = 0.05  # a query whose relative residual is this small is done
+    training_share: float = 1.0  # what part of the steps the models took that are asked about: the optimizer's damping is divided by it
 
     def __post_init__(self) -> None:
         if self.sequences < 1 or self.steps < 1:
             raise RequestError(f"refinement needs at least one step and one sequence, not {self.steps} and {self.sequences}")
         if not 0 <= self.tolerance < 1:
             raise RequestError(f"the tolerance of the refinement must be at least 0 and below 1, not {self.tolerance}")
+        assert 0 < self.training_share <= 1
 
 
 def refine(

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,10 +118,14 @@ def _evaluate_lds(
     directory = _writable_directory(out or run.directory.path / "evaluations")
     asked = measurements_of(run, None, None, None, None, queries)
     external = {name: read_scores(path, len(asked), len(run.store)) for name, path in files.items()}
-    places, make_bank = _retrained_bank(run, asked, retraining) if bank is None else _given_bank(run, asked, bank)
+    places, share, make_bank = _retrained_bank(run, asked, retraining) if bank is None else _given_bank(run, asked, bank)
     asked = [asked[place] for place in places]
     tables = scored(
-        runs, methods, [measurement for _, measurement in asked], refine, {name: table[places] for name, table in external.items()}
+        runs,
+        methods,
+        [measurement for _, measurement in asked],
+        replace(refine, training_share=share),
+        {name: table[places] for name, table in external.items()},
     )
     path, known = make_bank()
     outcome = measure_lds(runs, asked, tables, known, path, directory)
@@ -128,8 +133,8 @@ def _evaluate_lds(
     return outcome
 
 
-Source = tuple[list[int], Callable[[], "tuple[Path, Bank]"]]
-"""(places of the queries that are evaluated, what gives the bank of their losses and its path)."""
+Source = tuple[list[int], float, Callable[[], "tuple[Path, Bank]"]]
+"""(places of the queries that are evaluated, share of the sequences that a model saw, what gives the bank of their losses and its path)."""
 
 
 def _given_bank(run: Run, asked: Asked, path: Path) -> Source:
@@ -144,7 +149,7 @@ def _given_bank(run: Run, asked: Asked, path: Path) -> Source:
     if len(found) < len(asked):
         say(f"the bank has losses of {len(found)} queries: the first {len(found)} of {len(asked)} are evaluated")
     chosen = bank.with_queries([column for _, column in found])
-    return [place for place, _ in found], lambda: (path, chosen)
+    return [place for place, _ in found], float(bank.masks.mean()), lambda: (path, chosen)
 
 
 def _retrained_bank(run: Run, asked: Asked, given: Mapping[str, Any]) -> Source:
@@ -162,7 +167,7 @@ def _retrained_bank(run: Run, asked: Asked, given: Mapping[str, Any]) -> Source:
         path = retrain(run, retraining, num_subsets, num_seeds, resources)
         return path, read_bank(path)
 
-    return list(range(len(asked))), make
+    return list(range(len(asked))), 0.5, make
 
 
 def _named_files(scores: Sequence[str], methods: Sequence[str]) -> dict[str, Path]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_model
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ekfac import SequenceBatch, attributable_layers, capture, sequence_gradients, true_label_loss
@@ -90,6 +91,20 @@ def test_what_is_left_out_is_named() -> None:
     assert coverage.total == sum(p.numel() for p in model.parameters())
     assert coverage.excluded["lm_head"] == coverage.excluded["transformer.wte"] == "not selected by the layer patterns"
     assert {"transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"} <= set(coverage.excluded)
+
+
+def test_modules_of_other_kinds_are_left_out_with_the_reason() -> None:
+    shape = {"vocab_size": 23, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    opt = OPTForCausalLM(OPTConfig(**shape, ffn_dim=12, word_embed_proj_dim=8, max_position_embeddings=16))
+    mixtral = MixtralForCausalLM(MixtralConfig(**shape, intermediate_size=12, num_key_value_heads=1, num_local_experts=2))
+    left_out = {type(model).__name__: attributable_layers(model, run_once).excluded for model in (opt, mixtral)}
+    assert left_out == {
+        "OPTForCausalLM": {"model.decoder.embed_positions": "embedding: not called with the numbers of its rows"},
+        "MixtralForCausalLM": {
+            "model.layers.0.mlp.experts": "MixtralExperts: weights of three dimensions (experts), which no module hook sees",
+            "model.layers.0.mlp.gate": "takes or gives something else than one tensor",
+        },
+    }
 
 
 def test_tied_embedding_and_head_are_one_layer_known_by_either_name() -> None:

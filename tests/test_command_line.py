@@ -161,7 +161,7 @@ SETTINGS = [
     ({"resources": {"memory_budget": "tiny"}}, "resources.memory_budget: "),
     ({"data": {"sequence_length": POSITIONS + 1}}, f"data.sequence_length is 33, but the model has {POSITIONS} positions: lower it"),
     ({"factors": {"layers": "nothing*"}}, "no attributable layer matches 'nothing*'; there are 15, such as: transformer.wte"),
-    ({"index": {"bytes_per_sequence": 2}}, "index.bytes_per_sequence is 2, but 8 layers need at least 16: raise it"),
+    ({"index": {"bytes_per_sequence": 2}}, "index.bytes_per_sequence is 2, but 15 layers need at least 30: raise it"),
     ({"resources": {"memory_budget": "1KiB"}}, "resources.memory_budget is too small: the model, its factors and one sequence need"),
     ({"data": {"files": "no.jsonl"}}, "no data file at"),
     ({"data": {"files": "no*.jsonl"}}, "no file matches"),
@@ -292,7 +292,7 @@ QUERIES = [
     ([PROMPT, COMPLETION, "-k", "many"], "Invalid value for '-k'"),
     ([PROMPT, COMPLETION, "--candidates", "0"], "candidates must be at least 1, not 0"),
     ([PROMPT, COMPLETION, "--layers", "nothing"], "no attributed layer matches 'nothing'; there are 15, such as transformer.wte"),
-    ([PROMPT, COMPLETION, "--refine", "--refine-steps", "0"], "refinement needs at least one step and one sequence, not 0 and 256"),
+    ([PROMPT, COMPLETION, "--refine", "--refine-steps", "0"], "refinement needs at least one step and one sequence, not 0 and 512"),
     ([PROMPT, COMPLETION, "--refine-steps", "3"], "--refine-steps and --refine-sequences go with --refine"),
     ([PROMPT, COMPLETION, "--also", "nowhere"], "nowhere is not a run directory"),
     ([PROMPT, COMPLETION, "--unknown"], "No such option: --unknown"),
@@ -424,8 +424,10 @@ def test_opponents_are_the_other_end_of_the_same_ranking(influence: Influence, a
 def test_exact_scan_agrees_with_rerank_of_all_candidates(influence: Influence, asked: Path) -> None:
     reranked = influence("query", asked, PROMPT, COMPLETION, "--json", "-k", 20, "--candidates", NUM_SEQUENCES).json["results"]
     exact = influence("query", asked, PROMPT, COMPLETION, "--json", "-k", 20, "--exact").json
-    assert [r["id"] for r in exact["results"]] == [r["id"] for r in reranked]
+    scores = {r["id"]: r["score"] for r in reranked}
     assert [r["score"] for r in exact["results"]] == pytest.approx([r["score"] for r in reranked], rel=1e-4)
+    assert [r["id"] for r in exact["results"]][:10] == [r["id"] for r in reranked][:10]  # further down, rounding decides between near ties
+    assert len(scores.keys() & {r["id"] for r in exact["results"]}) >= 19
     assert exact["provenance"]["recall_at_10"] == 1
 
 
@@ -456,7 +458,10 @@ def test_scores_add_up_over_layers_spans_and_contrasts(influence: Influence, ask
         assert {name: sum(part[name] for part in parts) for name in whole} == pytest.approx(whole, abs=tolerance)
 
     whole = scores()
-    assert_sum([scores("--layers", "*.attn.*"), scores("--layers", "*.mlp.c_fc", "--layers", "*.mlp.c_proj")], whole)
+    assert_sum(
+        [scores("--layers", "*.attn.*", "--layers", "*.mlp.*"), scores("--layers", "*.wte", "--layers", "*.wpe", "--layers", "*.ln_*")],
+        whole,
+    )
     num_tokens = sum(
         p is not None for p in influence("query", asked, PROMPT, COMPLETION, "--json").json["query"]["token_log_probabilities"]
     )

@@ -208,7 +208,10 @@ WRONG = [
     (["lds", "--retrain"], "--retrain needs --base: the model before it was trained on the data"),
     (["lds", "--bank", "BANK", "--subsets", "8"], "--subsets goes with --retrain, not with --bank"),
     (["lds", "--bank", "BANK", "--learning-rate", "1e-3"], "--learning-rate goes with --retrain, not with --bank"),
-    (["lds", "--bank", "BANK", "--method", "ekafc"], "there is no method 'ekafc'; there are: ekfac, gradient-cosine, gradient-dot, bm25"),
+    (
+        ["lds", "--bank", "BANK", "--method", "ekafc"],
+        "there is no method 'ekafc'; there are: ekfac, refined, index, gradient-cosine, gradient-dot, bm25",
+    ),
     (["lds", "--bank", "nowhere.npz"], "nowhere.npz cannot be read: No such file"),
     (["lds", "--bank", "QUERIES"], "is not a bank of retrained models: expected an .npz file of plain arrays"),
     (["lds", "--bank", "OTHER"], "subsets are of 64 training sequences, but the run has 65"),

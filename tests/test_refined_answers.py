@@ -13,6 +13,7 @@ from torch import nn
 
 from ekfac import gauss_newton_product
 from influence import QueryOptions, RefineOptions, RequestError, Run, answer, answer_both_ends, open_run, save_optimizer_state
+from influence.answering import solved
 from influence.attribution import query_gradients
 from influence.batches import collate
 from influence.optimizer_state import FILE, read_optimizer_state
@@ -127,11 +128,23 @@ def test_damping_of_an_optimizer_is_its_own_metric(trained: Run) -> None:
     state = load_file(Path(trained.model_config.name) / FILE)
     moment = state["exp_avg_sq.transformer.h.0.mlp.c_fc.weight"] / (1 - 0.999**3)
     tokens = trained.store.summary["counted_tokens"] / len(trained.store)
-    expected = tokens * (moment.sqrt() + 1e-8) / (3e-3 / 2)
+    expected = 1.5 * tokens * (moment.sqrt() + 1e-8) / 3e-3
     torch.testing.assert_close(trained.refining_damping["transformer.h.0.mlp.c_fc"][:, :-1], expected.T)  # type: ignore[index]
     tied = trained.refining_damping["transformer.wte"]
     assert isinstance(tied, torch.Tensor)
     assert tied.shape == (320, 16)
+
+
+def test_shorter_training_is_damped_more(trained: Run) -> None:
+    attributed = replace(trained.attributed, layers=tuple(layer for layer in trained.coverage.layers if layer.name == LAYER))
+    gradients = query_gradients(attributed, [trained.measure(*QUERY)]).gradients
+    norms = []
+    for share in (1.0, 0.01):
+        vectors, _ = solved(trained, attributed, gradients, replace(EXACTLY, training_share=share))
+        norms.append(float(vectors[LAYER].norm()))
+    damping = trained.refining_damping[LAYER]
+    assert norms[1] < norms[0]
+    torch.testing.assert_close(vectors[LAYER], gradients[LAYER] / (100 * damping), rtol=0.2, atol=1e-3 * norms[1])
 
 
 def test_optimizer_without_second_moments_is_refused(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_settings_may_change_until_something_was_made_with_them(world: World, fi
     other.data.write_text(whole)
     with pytest.raises(RequestError, match=r"no attributable layer matches 'nothing'"):
         run_pipeline(other.settings(tmp_path / "run", factors={"layers": ["nothing"]}))
-    with pytest.raises(RequestError, match=r"index\.bytes_per_sequence is 2, but 8 layers need at least 16"):
+    with pytest.raises(RequestError, match=r"index\.bytes_per_sequence is 2, but 15 layers need at least 30"):
         run_pipeline(other.settings(tmp_path / "run", index={"bytes_per_sequence": 2}))
     with pytest.raises(RequestError, match=r"was made with settings\.data\.sequence_length = 32"):
         run_pipeline(other.settings(tmp_path / "run", data={"sequence_length": 16}))
