@@ -96,11 +96,17 @@ def check_alike(runs: Sequence["Run"]) -> None:
         if any(other.directory.path.resolve() == before.directory.path.resolve() for before in runs[: place + 1]):
             raise RequestError(f"{other.directory} is given twice: each run counts once in an average")
         for what, differs in (
-            ("were made from other training sequences", first.fingerprints["sequences"] != other.fingerprints["sequences"]),
+            ("were made from other training sequences", _sequences(first) != _sequences(other)),
             ("attribute other layers", first.coverage.layers != other.coverage.layers),
         ):
             if differs:
                 raise RequestError(f"{other.directory} and {first.directory} {what}: their scores cannot be averaged")
+
+
+def _sequences(run: "Run") -> list[Any]:
+    """What tells a run's training sequences from others; metadata and shards make no difference."""
+    made_from, summary = run.description["fingerprints"], run.store.summary
+    return [made_from["data"], made_from["tokenizer"], summary["tokens"], summary["counted_tokens"], run.store.ids]
 
 
 @dataclass(frozen=True, kw_only=True)
