@@ -622,6 +622,7 @@ def test_table_of_layers_holds_the_scores(chromium: Any, tmp_path: Path) -> None
     opened = Opened(chromium, tmp_path, report(given))
     opened.tab.locator("details[data-draw=table] > summary").click()
     rows = opened.tab.locator("details[data-draw=table] tbody tr")
+    rows.nth(len(LAYERS)).wait_for()  # the table is drawn after the click has returned
     assert rows.count() == len(LAYERS) + 1
     assert rows.nth(3).locator("th").inner_text() == LAYERS[3]
     # One power of ten for the whole table, and four decimals.
