@@ -66,7 +66,8 @@ def conjugate_gradients(
 
     `product(v)` is A v and `precondition(v)` = P v about A⁻¹ v, both for some of the Q. A query whose relative residual is at most `tolerance`
     takes no further part. Residuals are measured in the norm of P: were P = A⁻¹, this would be the error of x itself, in units of A.
-    `progress(step, largest residual)` is called after each step. (Hestenes and Stiefel 1952; preconditioned as in Saad 2003, algorithm 9.1.)
+    `progress(step, largest residual)` is called after each step. Raises ValueError when A is not positive definite along a direction. (Hestenes and
+    Stiefel 1952; preconditioned as in Saad 2003, algorithm 9.1.)
     """
     direction = precondition(dict(right))
     first = _dot(right, direction)
@@ -79,7 +80,10 @@ def conjugate_gradients(
         if len(active) == 0:
             break
         image = product(direction)
-        length = energy / _dot(direction, image)
+        curvature = _dot(direction, image)
+        if not bool((torch.isfinite(curvature) & (curvature > 0)).all()):
+            raise ValueError("the system is not positive definite, or not finite: raise the damping")
+        length = energy / curvature
         for name in solution:
             solution[name][active] += _times(direction[name], length)
         residual = {name: residual[name] - _times(image[name], length) for name in residual}

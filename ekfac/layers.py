@@ -105,6 +105,7 @@ def matches(layer: Layer, patterns: Sequence[str]) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class _Call:
     inputs: Any  # the first positional argument, None when there was none
+    alone: bool  # whether it was the only argument
     output: Any
 
 
@@ -112,11 +113,14 @@ def _calls(model: nn.Module, modules: dict[str, nn.Module], run: Callable[[nn.Mo
     """What each module was called with and gave. The tensors are kept until all are known, so that their identities differ."""
     seen: dict[str, list[_Call]] = {name: [] for name in modules}
 
-    def called(name: str, arguments: tuple[Any, ...], output: Any) -> None:
-        seen[name].append(_Call(inputs=arguments[0] if arguments else None, output=output))
+    def called(name: str, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        alone = len(arguments) == 1 and not named
+        seen[name].append(_Call(inputs=arguments[0] if arguments else None, alone=alone, output=output))
 
     handles = [
-        module.register_forward_hook(lambda _, arguments, output, name=name: called(name, arguments, output))
+        module.register_forward_hook(
+            lambda _, arguments, named, output, name=name: called(name, arguments, named, output), with_kwargs=True
+        )
         for name, module in modules.items()
     ]
     try:
@@ -157,7 +161,12 @@ def _judged(names: tuple[str, ...], modules: dict[str, nn.Module], calls: dict[s
         return f"{', '.join(names)} share their parameters, but are not an embedding and its head"
     if tables:
         return _embedding(names, tables[0], linear, modules, calls[tables[0]][0])
-    return _linear(names[0], modules[names[0]], head) if linear else _scale(names[0], modules[names[0]], calls[names[0]][0])
+    if linear:
+        return _linear(names[0], modules[names[0]], head)
+    lengths = {
+        call.inputs.shape[1] for calls in calls.values() for call in calls if isinstance(call.inputs, Tensor) and call.inputs.ndim == 3
+    }
+    return _scale(names[0], modules[names[0]], calls[names[0]][0], lengths)
 
 
 def _embedding(names: tuple[str, ...], table: str, heads: list[str], modules: dict[str, nn.Module], call: _Call) -> Layer | str:
@@ -165,8 +174,10 @@ def _embedding(names: tuple[str, ...], table: str, heads: list[str], modules: di
     if call.inputs.is_floating_point() or not bool(((call.inputs >= 0) & (call.inputs < len(weight))).all()):
         return "embedding: not called with the numbers of its rows"
     rows = weight[call.inputs.long()].detach()
-    factor = float((rows * call.output).sum() / rows.square().sum()) if bool(rows.any()) and rows.shape == call.output.shape else 1.0
-    if rows.shape != call.output.shape or not torch.allclose(factor * rows, call.output.to(rows.dtype), rtol=1e-2, atol=1e-6):
+    if rows.shape != call.output.shape or not bool(rows.any()):
+        return "embedding: what it gives is not one row for each number, or all rows that were tried are zero"
+    factor = float((rows.double() * call.output.double()).sum() / rows.double().square().sum())
+    if not torch.allclose(factor * rows, call.output.to(rows.dtype), rtol=1e-2, atol=1e-6):
         return "embedding: what it gives is not a multiple of its rows"
     bias = bool(heads) and modules[heads[0]].bias is not None
     return Layer(
@@ -177,7 +188,7 @@ def _embedding(names: tuple[str, ...], table: str, heads: list[str], modules: di
         bias=bias,
         input_group=names[0],
         modules=names,
-        lookup_factor=1.0 if abs(factor - 1) < 1e-4 else factor,
+        lookup_factor=1.0 if abs(factor - 1) < 1e-3 else factor,
     )
 
 
@@ -193,20 +204,27 @@ def _linear(name: str, module: Any, head: nn.Module | None) -> Layer | str:
     return Layer(name=name, kind=kind, inputs=inputs, outputs=outputs, bias=bias, input_group=name, modules=(name,))
 
 
-def _scale(name: str, module: nn.Module, call: _Call) -> Layer | str:
+def _scale(name: str, module: nn.Module, call: _Call, lengths: set[int]) -> Layer | str:
     """A module whose output is zero-weight output + (what the weight multiplies) · weight + bias, elementwise in the last dimension."""
     own = dict(module.named_parameters(recurse=False))
     if any(p.ndim >= 3 for p in own.values()):
-        return f"{type(module).__name__}: weights of three dimensions (experts), which no module hook sees"
+        return f"{type(module).__name__}: weights of three dimensions (experts, convolutions)"
     refusal = f"{type(module).__name__}: neither linear, nor an embedding, nor an elementwise scale"
     sizes = {p.shape for p in own.values()}
     if not {"weight"} <= set(own) <= {"weight", "bias"} or sizes != {call.output.shape[-1:]} or call.inputs.shape != call.output.shape:
         return refusal
+    if not call.alone:
+        return f"{type(module).__name__}: takes more than one argument"
+    if call.inputs.ndim > 3 and (call.inputs.shape[1] not in lengths or call.inputs.shape[2] in lengths):
+        return f"{type(module).__name__}: its input has no position as its second dimension"
     inputs = call.inputs.to(torch.promote_types(call.inputs.dtype, torch.float32))
     trial = torch.linspace(0.5, 1.5, call.output.shape[-1]).to(inputs)
     rest = with_parameters(module, inputs.dtype, 0.0, 0.0)(inputs)
     expected = rest + normalized(module)(inputs) * trial + (trial if "bias" in own else 0)
     if not torch.allclose(with_parameters(module, inputs.dtype, trial, trial)(inputs), expected, rtol=1e-3, atol=1e-5):
+        return refusal
+    given = rest + normalized(module)(inputs) * own["weight"] + own.get("bias", 0)
+    if not torch.allclose(given, call.output.to(inputs.dtype), rtol=2e-2, atol=2e-2):
         return refusal
     return Layer(name=name, kind="scale", inputs=1, outputs=call.output.shape[-1], bias="bias" in own, input_group=name, modules=(name,))
 

@@ -97,10 +97,14 @@ def check_alike(runs: Sequence["Run"]) -> None:
             raise RequestError(f"{other.directory} is given twice: each run counts once in an average")
         for what, differs in (
             ("were made from other training sequences", _sequences(first) != _sequences(other)),
-            ("attribute other layers", first.coverage.layers != other.coverage.layers),
+            ("attribute other layers", _shapes(first) != _shapes(other)),
         ):
             if differs:
                 raise RequestError(f"{other.directory} and {first.directory} {what}: their scores cannot be averaged")
+
+
+def _shapes(run: "Run") -> list[Any]:
+    return [(layer.name, layer.kind, layer.shape) for layer in run.coverage.layers]
 
 
 def _sequences(run: "Run") -> list[Any]:
@@ -119,11 +123,12 @@ class _Asked:
     log_probabilities: list[list[NDArray[np.float64]]]
     solution: Solution | None  # of the refinement
     weights: NDArray[np.float64]  # [N]: what each sequence's score is multiplied by
-    rows: NDArray[np.float32]  # [Q, D]
+    rows: NDArray[np.float32] | None  # [Q, D]; none where everything is scanned
     estimates: NDArray[np.float64]  # [Q, N] scores of every sequence: exact ones, or the index's
 
     def candidates(self, sign: float, count: int) -> NDArray[np.int64]:
         """[Q, count] numbers of sequences by the index."""
+        assert self.rows is not None
         index = self.run.index if bool((self.weights == 1).all()) else self.run.normalized_index
         return index.search(np.float32(sign) * self.rows, count).numbers
 
@@ -138,8 +143,8 @@ def _asked(run: "Run", measurements: Sequence[Measurement], options: QueryOption
     found = query_gradients(attributed, measurements)
     vectors, solution = solved(run, attributed, found.gradients, options.refine, progress)
     weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
-    rows = query_rows(vectors, run.factors, run.features, run.signs)
-    estimates = run.exact_scores(vectors, attributed, progress) if options.exact else all_scores(rows, run.rows)
+    rows = None if options.exact else query_rows(vectors, run.factors, run.features, run.signs)
+    estimates = run.exact_scores(vectors, attributed, progress) if rows is None else all_scores(rows, run.rows)
     return _Asked(
         run=run,
         attributed=attributed,
@@ -158,6 +163,8 @@ def solved(
     """(G + λI)⁻¹ of the queries' gradients by EK-FAC; or refined, with how that went."""
     if options is None:
         return precondition(gradients, run.factors), None
+    if run.model_config.dtype in ("bfloat16", "float16"):
+        raise RequestError(f"refinement needs a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}")
     sequences = [run.store[int(number)] for number in np.sort(run.hash_order(run.factors_config.seed)[: options.sequences])]
     share = options.training_share if run.optimizer_state else 1.0
     damping = {layer.name: run.refining_damping[layer.name] / share for layer in attributed.layers}
@@ -226,7 +233,8 @@ def _result(
 ) -> InfluenceResult:
     first = asked[0].run
     query = _query_facts(asked, place, measurement)
-    identity = [{**query, "token_log_probabilities": None, "log_probability": None}, _plain(options)]
+    identity: list[Any] = [{**query, "token_log_probabilities": None, "log_probability": None}, _plain(options)]
+    identity += [one.run.optimizer_digest for one in asked if options.refine]
     distribution = _distribution(estimates / len(first.store)) | {"estimated_from": "exact scan" if options.exact else "index rows"}
     return InfluenceResult(
         id=digest([*identity, *(one.run.fingerprints["rows"] for one in asked)])[7:23],
@@ -325,7 +333,11 @@ def _provenance(
     if options.refine and solution:
         used = min(options.refine.sequences, len(run.store))
         facts["method"] = "refined"
-        facts["refinement"] = summary(solution, place) | {"sequences": used, "damping": run.refining_damping_name}
+        facts["refinement"] = summary(solution, place) | {
+            "sequences": used,
+            "damping": run.refining_damping_name,
+            "optimizer": run.optimizer_digest,
+        }
     return facts
 
 
@@ -342,10 +354,8 @@ def _recall(asked: list[_Asked], measurement: Measurement, options: QueryOptions
 
 
 def _plain(options: QueryOptions) -> dict[str, Any]:
-    """The options as JSON; without a refinement that is not asked for, so that answers keep their ids."""
-    plain = {**vars(options), "layers": list(options.layers)}
-    del plain["refine"]
-    return plain | ({"refine": vars(options.refine)} if options.refine else {})
+    """The options as JSON."""
+    return {**vars(options), "layers": list(options.layers), "refine": vars(options.refine) if options.refine else None}
 
 
 def _distribution(scores: NDArray[np.float64]) -> dict[str, Any]:

@@ -101,8 +101,11 @@ def _add_gradients(
         for rows, block in gradient_blocks(record):
             if layer.name not in gradients:
                 gradients[layer.name] = block.new_zeros((num_queries, *layer.shape))
-            queries = block.new_zeros((num_queries, *block.shape[1:])).index_add_(0, owners, block * weights.to(block.dtype)[:, None, None])
-            gradients[layer.name][:, rows] += queries
+            weighted = block * weights.to(block.dtype)[:, None, None]
+            if isinstance(rows, slice):
+                gradients[layer.name][:, rows].index_add_(0, owners, weighted)
+            else:
+                gradients[layer.name][:, rows] += block.new_zeros((num_queries, *block.shape[1:])).index_add_(0, owners, weighted)
 
     capture(attributed.model, attributed.layers, loss, batch.reached, consume)
     return np.asarray(losses[0].detach().double().cpu().numpy())

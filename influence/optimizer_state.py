@@ -48,8 +48,9 @@ class OptimizerState:
                 )
         scale = 1.5 * tokens_per_sequence / self.learning_rate_sum
         vectors = as_vectors(model, layers, {name: moment.sqrt() + self.epsilon for name, moment in self.second_moments.items()})
-        device = next(model.parameters()).device
-        return {name: (scale * vector).to(device) for name, vector in vectors.items()}
+        like = next(model.parameters())
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return {name: (scale * vector).to(like.device, dtype) for name, vector in vectors.items()}
 
 
 def read_optimizer_state(path: Path) -> OptimizerState:

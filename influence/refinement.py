@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from ekfac import LayerFactors, Solution, Vectors, conjugate_gradients, gauss_newton_product
@@ -52,7 +52,8 @@ def refine(
     A step costs about 4/3 Q + 1/3 times a plain forward and backward pass over `sequences`. `progress` is called with steps done and steps allowed.
     """
     projected = {name: factors[name].diagonal(d) if isinstance(d, Tensor) else d for name, d in damping.items()}
-    inverse = {name: (factors[name].eigenvalues + projected[name]).clamp(min=_SMALLEST) ** -1 for name in gradients}
+    damped = {name: factors[name].eigenvalues + projected[name] for name in gradients}
+    inverse = {name: torch.where(value > 0, 1 / value, 0) for name, value in damped.items()}
 
     def precondition(vectors: Vectors) -> Vectors:
         return {name: factors[name].unrotate(factors[name].rotate(vector) * inverse[name]) for name, vector in vectors.items()}
@@ -65,17 +66,17 @@ def refine(
                 total[name] += part / len(sequences)
         return total
 
-    return conjugate_gradients(
-        gradients,
-        product,
-        precondition,
-        tolerance=options.tolerance,
-        max_steps=options.steps,
-        progress=lambda step, _: progress(step, options.steps),
-    )
-
-
-_SMALLEST = float(np.finfo(np.float32).tiny)
+    try:
+        return conjugate_gradients(
+            gradients,
+            product,
+            precondition,
+            tolerance=options.tolerance,
+            max_steps=options.steps,
+            progress=lambda step, _: progress(step, options.steps),
+        )
+    except ValueError as error:
+        raise RequestError(f"the refinement failed: {error}") from None
 
 
 def _with_tangents(attributed: AttributedModel, num_queries: int) -> BatchBudget:

@@ -23,7 +23,7 @@ from influence.measurement import Measurement, measure_completion, measure_token
 from influence.model import LanguageModel, load_model, load_tokenizer, longest_sequence, model_fingerprint, tokenizer_fingerprint
 from influence.optimizer_state import OptimizerState, read_optimizer_state
 from influence.result import InfluenceResult
-from influence.run_directory import RunDirectory
+from influence.run_directory import RunDirectory, file_digest
 from influence.sequences import SequenceStore
 
 
@@ -173,7 +173,16 @@ class Run:
     def optimizer_state(self) -> OptimizerState | None:
         """The state of the optimizer that trained the model, where it lies in the model's directory."""
         path = Path(self.model_config.name) / optimizer_state.FILE
+        if not path.is_file() and self.factors_config.damping == "optimizer":
+            raise RequestError(
+                f"{self.directory} is damped by its optimizer, but there is no {optimizer_state.FILE} in {self.model_config.name}"
+            )
         return read_optimizer_state(path) if path.is_file() else None
+
+    @cached_property
+    def optimizer_digest(self) -> str | None:
+        """sha256 of the optimizer's state, which refined answers depend on."""
+        return file_digest(Path(self.model_config.name) / optimizer_state.FILE) if self.optimizer_state else None
 
     @property
     def refining_damping_name(self) -> Any:

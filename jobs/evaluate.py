@@ -141,6 +141,8 @@ def _given_bank(run: Run, asked: Asked, path: Path) -> Source:
     from influence.evaluation.bank import check_sequences, queries_in_bank, read_bank
 
     bank = read_bank(path)
+    if not bank.masks.any():
+        raise RequestError(f"{path}: no sequence is in any subset: masks is all false")
     try:
         check_sequences(bank, run.store, len(run.store))
         found = queries_in_bank(bank, [measurement for _, measurement in asked])

@@ -31,7 +31,7 @@ from ekfac import (
 )
 from indexing import encode_rows, feature_rows, query_rows, recall
 from influence import optimizer_state
-from influence.answering import QueryOptions
+from influence.answering import QueryOptions, in_groups
 from influence.artifacts import (
     read_covariance,
     read_eigenvalues,
@@ -56,6 +56,7 @@ from influence.sequences import TrainingSequence, tokenize, write_sequences
 Write = Callable[[Path], None]
 RECALL_DEPTH = 10
 MOST_FIT_GROUPS = 8
+LAYER_TRIAL_LENGTH = 11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,9 @@ def _layers(run: Run, config: Config, _: str) -> Write:
     loaded = run.language_model
 
     def call(model: torch.nn.Module) -> None:
-        model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=loaded.device), use_cache=False)
+        # Rows of the embedding that are not zero, as the padding's may be; and a length that is hardly a number of heads.
+        tokens = torch.arange(1, 1 + min(LAYER_TRIAL_LENGTH, longest_sequence(model) or LAYER_TRIAL_LENGTH), device=loaded.device)
+        model(input_ids=(tokens % embedded_tokens(model))[None], use_cache=False)
 
     try:
         coverage = attributable_layers(loaded.model, call, config.factors.patterns)
@@ -243,8 +246,9 @@ def _scan_units(run: Run) -> Sequence[str]:
 
 def _scan(run: Run, _: Config, unit: str) -> Write:
     attributed = run.attributed
-    gradients = query_gradients(attributed, [measurement for _, measurement in recall_queries(run)]).gradients
-    scores = scan(attributed, precondition(gradients, run.factors), run.store.shard(_shard_number(unit)))
+    groups = in_groups([measurement for _, measurement in recall_queries(run)], run, None)
+    vectors = (precondition(query_gradients(attributed, group).gradients, run.factors) for group in groups)
+    scores = np.concatenate([scan(attributed, one, run.store.shard(_shard_number(unit))) for one in vectors])
     return lambda directory: np.save(directory / "scores.npy", scores, allow_pickle=False)
 
 
@@ -256,9 +260,10 @@ def _recall(run: Run, _: Config, unit: str) -> Write:
     """How many of the exact top 10 are among the index's candidates; a query's own sequence is left out of both."""
     queries = recall_queries(run)
     scores = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
-    gradients = query_gradients(run.attributed, [measurement for _, measurement in queries]).gradients
+    groups = in_groups([measurement for _, measurement in queries], run, None)
+    vectors = (precondition(query_gradients(run.attributed, group).gradients, run.factors) for group in groups)
     depth = QueryOptions().candidates
-    rows = query_rows(precondition(gradients, run.factors), run.factors, run.features, run.signs)
+    rows = np.concatenate([query_rows(one, run.factors, run.features, run.signs) for one in vectors])
     own = [number for number, _ in queries]
     measured: dict[str, Any] = {"candidates": depth, "queries": len(queries)}
     for name, index, weights in (("", run.index, np.ones(len(run.store))), ("_normalized", run.normalized_index, run.normalizing_weights)):

@@ -6,14 +6,14 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_model
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ekfac import SequenceBatch, attributable_layers, capture, sequence_gradients, true_label_loss
 
 
 def run_once(model: nn.Module) -> None:
-    model(input_ids=torch.ones((1, 2), dtype=torch.int64), use_cache=False)
+    model(input_ids=torch.arange(1, 6)[None], use_cache=False)
 
 
 def captured_gradients(model: nn.Module, batch: SequenceBatch) -> dict[str, torch.Tensor]:
@@ -101,10 +101,49 @@ def test_modules_of_other_kinds_are_left_out_with_the_reason() -> None:
     assert left_out == {
         "OPTForCausalLM": {"model.decoder.embed_positions": "embedding: not called with the numbers of its rows"},
         "MixtralForCausalLM": {
-            "model.layers.0.mlp.experts": "MixtralExperts: weights of three dimensions (experts), which no module hook sees",
+            "model.layers.0.mlp.experts": "MixtralExperts: weights of three dimensions (experts, convolutions)",
             "model.layers.0.mlp.gate": "takes or gives something else than one tensor",
         },
     }
+
+
+class Gated(nn.Module):
+    """A norm with a gate, and an embedding, inside a model that gives its last layer a gate."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            return self.weight * x / x.norm(dim=-1, keepdim=True) * (1 if gate is None else gate)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear, self.norm = nn.Embedding(5, 4), nn.Linear(4, 4), Gated.Norm()
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        x = self.table(input_ids)
+        return self.norm(self.linear(x), x)
+
+
+def test_what_cannot_be_tried_alone_is_left_out() -> None:
+    model = Gated()
+    assert attributable_layers(model, lambda m: m(torch.arange(1, 4)[None], False)).excluded == {
+        "norm": "Norm: takes more than one argument"
+    }
+    model.table.weight.data[0] = 0
+    only_zeros = attributable_layers(model, lambda m: m(torch.zeros((1, 3), dtype=torch.int64), False))
+    assert "all rows that were tried are zero" in only_zeros.excluded["table"]
+
+
+def test_norm_over_heads_before_positions_is_left_out() -> None:
+    config = Gemma3TextConfig(
+        vocab_size=23, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4
+    )
+    coverage = attributable_layers(Gemma3ForCausalLM(config), run_once)
+    reason = "Gemma3RMSNorm: its input has no position as its second dimension"
+    assert coverage.excluded == {f"model.layers.0.self_attn.{name}_norm": reason for name in "qk"}
 
 
 def test_tied_embedding_and_head_are_one_layer_known_by_either_name() -> None:

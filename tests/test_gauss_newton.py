@@ -11,9 +11,7 @@ from ekfac.parameters import as_parameters, as_vectors
 
 
 def layers_of(model: nn.Module, *patterns: str) -> tuple[Layer, ...]:
-    return attributable_layers(
-        model, lambda m: m(input_ids=torch.ones((1, 2), dtype=torch.int64), use_cache=False), patterns or ("*",)
-    ).layers
+    return attributable_layers(model, lambda m: m(input_ids=torch.arange(1, 6)[None], use_cache=False), patterns or ("*",)).layers
 
 
 def random_vectors(layers: tuple[Layer, ...], num_queries: int, seed: int = 0) -> dict[str, Tensor]:
@@ -142,3 +140,9 @@ def test_steps_are_limited() -> None:
     matrix, right = quadratic()
     solution = conjugate_gradients({"x": right[:, None]}, lambda v: {"x": v["x"] @ matrix}, lambda v: v, tolerance=0, max_steps=4)
     assert len(solution.residuals) == 5
+
+
+def test_system_that_is_not_positive_definite_is_refused() -> None:
+    _, right = quadratic()
+    with pytest.raises(ValueError, match="not positive definite"):
+        conjugate_gradients({"x": right[:, None]}, lambda v: {"x": -v["x"]}, lambda v: v, tolerance=0, max_steps=2)
