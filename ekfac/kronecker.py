@@ -157,7 +157,7 @@ class LayerFactors:
     input_vectors: Array | None  # [J, J]; None stands for the identity
     output_vectors: Array | None  # [O, O], likewise
     eigenvalues: Array  # [O, J] corrected: mean over sequences of the squared gradient along each axis
-    damping: float  # λ, absolute
+    damping: float | Array  # λ, absolute: one, or [O, J], one for each axis of the eigenbasis
 
     def rotate(self, gradients: Array) -> Array:
         """Q_Gᵀ V Q_A."""

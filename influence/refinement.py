@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from ekfac import LayerFactors, Solution, Vectors, conjugate_gradients, gauss_newton_product
-from influence.attribution import AttributedModel
+from influence.attribution import AttributedModel, precondition
 from influence.batches import BatchBudget, in_batches
 from influence.errors import RequestError
 from influence.sequences import TrainingSequence
@@ -51,12 +50,9 @@ def refine(
 
     A step costs about 4/3 Q + 1/3 times a plain forward and backward pass over `sequences`. `progress` is called with steps done and steps allowed.
     """
-    projected = {name: factors[name].diagonal(d) if isinstance(d, Tensor) else d for name, d in damping.items()}
-    damped = {name: factors[name].eigenvalues + projected[name] for name in gradients}
-    inverse = {name: torch.where(value > 0, 1 / value, 0) for name, value in damped.items()}
-
-    def precondition(vectors: Vectors) -> Vectors:
-        return {name: factors[name].unrotate(factors[name].rotate(vector) * inverse[name]) for name, vector in vectors.items()}
+    damped = {
+        name: replace(factors[name], damping=factors[name].diagonal(d) if isinstance(d, Tensor) else d) for name, d in damping.items()
+    }
 
     def product(vectors: Vectors) -> Vectors:
         total = {name: damping[name] * vector for name, vector in vectors.items()}
@@ -70,7 +66,7 @@ def refine(
         return conjugate_gradients(
             gradients,
             product,
-            precondition,
+            lambda vectors: precondition(vectors, damped),
             tolerance=options.tolerance,
             max_steps=options.steps,
             progress=lambda step, _: progress(step, options.steps),

@@ -240,14 +240,19 @@ def recall_queries(run: Run) -> list[tuple[int, Measurement]]:
     return chosen
 
 
+def _preconditioned(run: Run, measurements: Sequence[Measurement]) -> Iterator[dict[str, torch.Tensor]]:
+    """(G + λI)⁻¹ of the measurements' gradients, as many at a time as fit into memory."""
+    for group in in_groups(measurements, run, None):
+        yield precondition(query_gradients(run.attributed, group).gradients, run.factors)
+
+
 def _scan_units(run: Run) -> Sequence[str]:
     return run.shards if run.measures_recall else []
 
 
 def _scan(run: Run, _: Config, unit: str) -> Write:
     attributed = run.attributed
-    groups = in_groups([measurement for _, measurement in recall_queries(run)], run, None)
-    vectors = (precondition(query_gradients(attributed, group).gradients, run.factors) for group in groups)
+    vectors = _preconditioned(run, [measurement for _, measurement in recall_queries(run)])
     scores = np.concatenate([scan(attributed, one, run.store.shard(_shard_number(unit))) for one in vectors])
     return lambda directory: np.save(directory / "scores.npy", scores, allow_pickle=False)
 
@@ -260,8 +265,7 @@ def _recall(run: Run, _: Config, unit: str) -> Write:
     """How many of the exact top 10 are among the index's candidates; a query's own sequence is left out of both."""
     queries = recall_queries(run)
     scores = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
-    groups = in_groups([measurement for _, measurement in queries], run, None)
-    vectors = (precondition(query_gradients(run.attributed, group).gradients, run.factors) for group in groups)
+    vectors = _preconditioned(run, [measurement for _, measurement in queries])
     depth = QueryOptions().candidates
     rows = np.concatenate([query_rows(one, run.factors, run.features, run.signs) for one in vectors])
     own = [number for number, _ in queries]

@@ -7,10 +7,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_run import World, finished_run, small_world
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -114,6 +116,17 @@ def padded_batch(lengths: tuple[int, ...] = (7, 4, 2, 7), num_positions: int = 7
         counted=real & (positions >= max(1, prompt)),
         keys=np.array([key_of(f"{seed}/{n}") for n in range(len(lengths))], dtype=np.uint64),
     )
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return small_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Never to be changed."""
+    return finished_run(tmp_path_factory)
 
 
 @pytest.fixture(params=list(ARCHITECTURES))

@@ -20,8 +20,6 @@ from small_run import (
     documents,
     everything,
     finish,
-    finished_run,
-    small_world,
     write_jsonl,
     write_yaml,
 )
@@ -58,17 +56,6 @@ class Outcome:
 
 
 Influence = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return small_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Never to be changed."""
-    return finished_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

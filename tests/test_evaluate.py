@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from small_run import World, command, everything, finish, finished_run, model, small_world, write_jsonl
+from small_run import World, command, everything, finish, model, write_jsonl
 
 from influence.attribution import gradient_norms, precondition, query_gradients
 from influence.config import ResourcesConfig
@@ -39,17 +39,6 @@ QUERIES = [
 N, Q, S = 65, len(QUERIES), 8
 SHORT = RefineOptions(steps=2, sequences=8)
 FEW = ("--subsets", 3, "--seeds", 1, "--epochs", 1)
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return small_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Never to be changed."""
-    return finished_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

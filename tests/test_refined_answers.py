@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_run import World, finished_run, model, run_pipeline, small_world
+from small_run import World, model, run_pipeline
 from torch import nn
 
 from ekfac import gauss_newton_product
@@ -25,13 +25,8 @@ EXACTLY = RefineOptions(sequences=1000, steps=200, tolerance=1e-6)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return small_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return open_run(finished_run(tmp_path_factory))
+def run(finished: Path) -> Run:
+    return open_run(finished)
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,7 @@ from small_run import (
     documents,
     everything,
     finish,
-    finished_run,
     run_pipeline,
-    small_world,
     tokenizer,
     write_jsonl,
     write_yaml,
@@ -36,17 +34,6 @@ from jobs import stages
 
 PROMPT, COMPLETION = "Lisbon lies on", " the Tagus."
 SLOW = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return small_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Never to be changed."""
-    return finished_run(tmp_path_factory)
 
 
 @pytest.fixture

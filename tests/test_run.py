@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from small_run import World, finished_run, run_pipeline, small_world
+from small_run import World, run_pipeline
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,13 +29,8 @@ QUERY = ("Oslo lies on the", " Aker. The town")
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return small_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return open_run(finished_run(tmp_path_factory))
+def run(finished: Path) -> Run:
+    return open_run(finished)
 
 
 def autograd_gradient(model: nn.Module, layers: Sequence[Layer], sequence: TrainingSequence) -> list[np.ndarray]:
