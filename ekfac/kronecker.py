@@ -202,7 +202,16 @@ class LayerFactors:
     def effective_dimension(self) -> float:
         """Σ Λ / (Λ + λ): the mean squared norm of a whitened gradient over the fitted sequences."""
         xp = array_api_compat.array_namespace(self.eigenvalues)
-        return float(xp.sum(self.eigenvalues * self.inverse()))
+        return float(xp.sum(self.retained()))
+
+    def retained(self) -> Array:
+        """Λ / (Λ + λ), [O, J]: the share of each coordinate that damping leaves, between 0 and 1."""
+        return self.eigenvalues * self.inverse()
+
+    def row_weight(self) -> float:
+        """Σ (Λ / (Λ + λ))²: the mean squared norm of a whitened gradient each of whose coordinates is multiplied by √(Λ / (Λ + λ))."""
+        xp = array_api_compat.array_namespace(self.eigenvalues)
+        return float(xp.sum(self.retained() ** 2))
 
 
 def corrected_eigenvalues(sums: EigenvalueSum) -> Array:

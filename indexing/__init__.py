@@ -1,27 +1,31 @@
-"""Gradient features of training sequences and the search over them: whitened, spread rows, flat FAISS search, its oracle and its recall.
+"""Gradient features of training sequences and the search over them: whitened, encoded rows; two-stage FAISS search, its oracle and its recall.
 
 Knows factors and rows; knows nothing of texts, tokenizers, run directories or Ray.
 """
 
+from indexing.duplicates import group_duplicates
 from indexing.features import FeatureSpec, LayerBuckets, Spreader, feature_rows, feature_spec, query_rows, spreaders
-from indexing.rows import RowShards, encode_rows, open_rows
-from indexing.search import Candidates, FlatIndex, all_scores, best, exact_search, recall
+from indexing.rows import Encoding, RowFormat, RowShards, open_rows, row_length_within
+from indexing.search import Candidates, RowIndex, best, exact_search, recall, row_scores
 
 __all__ = [
     "Candidates",
+    "Encoding",
     "FeatureSpec",
-    "FlatIndex",
     "LayerBuckets",
+    "RowFormat",
+    "RowIndex",
     "RowShards",
     "Spreader",
-    "all_scores",
     "best",
-    "encode_rows",
     "exact_search",
     "feature_rows",
     "feature_spec",
+    "group_duplicates",
     "open_rows",
     "query_rows",
     "recall",
+    "row_length_within",
+    "row_scores",
     "spreaders",
 ]

@@ -1,4 +1,4 @@
-"""Rows on disk: shards of float16 numbers in `.npy` files, memory-mapped, which together are one table in the order of the shards.
+"""Rows as bytes: three encodings, and shards of them in `.npy` files, memory-mapped, which together are one table in the order of the shards.
 
 Knows nothing of what the rows mean.
 """
@@ -6,53 +6,145 @@ Knows nothing of what the rows mean.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+Encoding = Literal["float16", "int8", "bit"]
 
-def encode_rows(rows: Tensor) -> NDArray[np.float16]:
-    """Rows in float16. Raises ValueError for a row that is not finite, or too large for float16."""
-    encoded: NDArray[np.float16] = rows.half().cpu().numpy()
-    if not np.isfinite(encoded).all():
-        number = int(np.flatnonzero(~np.isfinite(encoded).all(axis=1))[0])
-        raise ValueError(f"row {number} of the batch is not finite in float16 (its largest entry is {rows[number].abs().max().item():.3g})")
-    return encoded
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """How a row x of `length` numbers is stored.
+
+    float16: as it is. int8: round(x / s) with s = max|x| / 127, and s. bit: the signs of x, and s = ‖x‖² / ‖x‖₁, with which ⟨q, s·sign(x)⟩ has
+    the right size for a q that points along x (RaBitQ, arXiv 2405.12497). The scale s is the row's last four bytes, a float32.
+    """
+
+    encoding: Encoding
+    length: int
+
+    @property
+    def bytes_per_row(self) -> int:
+        if self.encoding == "float16":
+            return 2 * self.length
+        return SCALE_BYTES + (self.length if self.encoding == "int8" else -(-self.length // 8))
+
+    def encode(self, rows: Tensor) -> NDArray[np.uint8]:
+        """Rows [N, D] as bytes [N, bytes_per_row]. Raises ValueError for a row that is not finite, or too large for float16."""
+        values = rows.float().cpu().numpy()
+        with np.errstate(over="ignore"):  # float16 makes infinity of what is too large
+            stored = values.astype(np.float16) if self.encoding == "float16" else values
+        if not np.isfinite(stored).all():
+            number = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+            raise ValueError(
+                f"row {number} of the batch is not finite in {stored.dtype} (its largest entry is {np.abs(values[number]).max():.3g})"
+            )
+        if self.encoding == "float16":
+            return stored.view(np.uint8)
+        if self.encoding == "int8":
+            scales = np.abs(values).max(axis=1) / 127
+            quantized = np.rint(values / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8).view(np.uint8)
+            return np.concatenate([quantized, _as_bytes(scales)], axis=1)
+        return np.concatenate([_signs(values), _as_bytes(_sign_scale(values))], axis=1)
+
+    def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Rows [N, D] in float32 of bytes [N, bytes_per_row]."""
+        if self.encoding == "float16":
+            return np.ascontiguousarray(codes).view(np.float16).astype(np.float32)
+        if self.encoding == "int8":
+            return codes[:, : self.length].view(np.int8) * self.scales(codes)[:, None]
+        bits = np.unpackbits(codes[:, :-SCALE_BYTES], axis=1, count=self.length, bitorder="little")
+        return (2 * bits.astype(np.float32) - 1) * self.scales(codes)[:, None]
+
+    def scales(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[N]: the scale of each int8 or bit row."""
+        return np.ascontiguousarray(codes[:, -SCALE_BYTES:]).view(np.float32)[:, 0]
+
+    def sketch(self, codes: NDArray[np.uint8], most_bytes: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """The signs of the numbers that `sketched_numbers` gives, packed [N, ≤ most_bytes], and a scale [N] for them."""
+        if self.encoding == "bit":
+            return np.ascontiguousarray(codes[:, :-SCALE_BYTES][:, :: self._stride(most_bytes)]), self.scales(codes)
+        values = np.pad(self.decode(codes), ((0, 0), (0, -self.length % 8)))[:, self.sketched_numbers(most_bytes)]
+        return _signs(values), _sign_scale(values)
+
+    def sketched_numbers(self, most_bytes: int) -> NDArray[np.int64]:
+        """Which numbers of a row, padded by zeros to a multiple of eight, a sketch keeps: evenly spaced groups of eight."""
+        groups = np.arange(0, -(-self.length // 8), self._stride(most_bytes))
+        return (8 * groups[:, None] + np.arange(8)).ravel()
+
+    def _stride(self, most_bytes: int) -> int:
+        return max(1, -(-self.length // (8 * most_bytes)))
+
+
+def row_length_within(encoding: Encoding, bytes_per_row: int) -> int:
+    """How many numbers a row of at most so many bytes holds."""
+    if encoding == "float16":
+        return bytes_per_row // 2
+    return max(0, bytes_per_row - SCALE_BYTES) * (1 if encoding == "int8" else 8)
+
+
+def _signs(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.packbits(values >= 0, axis=1, bitorder="little")
+
+
+def _sign_scale(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """‖x‖² / ‖x‖₁; zero for a row of zeros."""
+    size = np.abs(values).sum(axis=1, dtype=np.float64)
+    scale: NDArray[np.float32] = (np.square(values, dtype=np.float64).sum(axis=1) / np.where(size > 0, size, 1)).astype(np.float32)
+    return scale
+
+
+def _as_bytes(scales: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return scales.astype(np.float32)[:, None].view(np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowShards:
-    """The table [N, D] as memory-mapped shards."""
+    """The table [N, D] as memory-mapped shards of encoded rows."""
 
-    shards: tuple[NDArray[np.float16], ...]
+    format: RowFormat
+    shards: tuple[NDArray[np.uint8], ...]
 
     @property
     def num_rows(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
-    @property
-    def row_length(self) -> int:
-        return int(self.shards[0].shape[1])
-
-    def blocks(self, block_bytes: int = 64 * 2**20) -> Iterator[tuple[int, NDArray[np.float16]]]:
-        """(number of the first row, rows) for consecutive blocks of about that size."""
-        step = max(1, block_bytes // (2 * self.row_length))
+    def blocks(self, block_bytes: int = 64 * 2**20) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """(number of the first row, encoded rows) for consecutive blocks of about that size."""
+        step = max(1, block_bytes // self.format.bytes_per_row)
         first = 0
         for shard in self.shards:
             for start in range(0, len(shard), step):
                 yield first + start, shard[start : start + step]
             first += len(shard)
 
+    def take(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The encoded rows of these numbers, in their order."""
+        starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        places = np.searchsorted(starts, numbers, side="right") - 1
+        taken = np.empty((len(numbers), self.format.bytes_per_row), dtype=np.uint8)
+        for place in np.unique(places):
+            here = places == place
+            taken[here] = self.shards[place][numbers[here] - starts[place]]
+        return taken
 
-def open_rows(paths: Sequence[Path], row_length: int) -> RowShards:
-    """The shards in `paths`, in this order. Raises ValueError for a file that does not hold float16 rows of this length."""
+
+def open_rows(paths: Sequence[Path], row_format: RowFormat) -> RowShards:
+    """The shards in `paths`, in this order. Raises ValueError for a file that does not hold rows of this format."""
     shards = []
     for path in paths:
         shard = np.load(path, mmap_mode="r", allow_pickle=False)
-        if shard.dtype != np.float16 or shard.ndim != 2 or shard.shape[1] != row_length:
-            raise ValueError(f"{path} holds {shard.dtype} {shard.shape}, expected float16 rows of {row_length} numbers: rebuild the index")
+        if shard.dtype != np.uint8 or shard.ndim != 2 or shard.shape[1] != row_format.bytes_per_row:
+            raise ValueError(
+                f"{path} holds {shard.dtype} {shard.shape}, expected {row_format.encoding} rows of {row_format.bytes_per_row} bytes: "
+                "rebuild the index"
+            )
         shards.append(shard)
     if not shards:
         raise ValueError("an index needs at least one shard of rows")
-    return RowShards(shards=tuple(shards))
+    return RowShards(format=row_format, shards=tuple(shards))

@@ -1,60 +1,191 @@
-"""Maximum-inner-product search over rows: a flat FAISS index, and the blockwise exact search that is its oracle.
+"""Maximum-inner-product search over rows in two stages, and the blockwise exact search that is its oracle.
 
-The flat index holds the rows in float16 just as they are on disk; on a GPU when FAISS has one. Knows nothing of what rows and queries mean.
+FAISS compares the query with a sketch of every row in memory: the signs of at most 6,144 of its numbers (RaBitQ; in float16 on a GPU when FAISS
+has one). Then the whole rows of the best are read from disk. Knows nothing of what rows and queries mean.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.rows import RowShards
+from indexing.rows import RowFormat, RowShards
+
+SKETCH_BYTES = 768
+SKETCH_QUERY_BITS = 4
+ROW_QUERY_BITS = 8
+GPU_MOST_RESULTS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """The rows found for each query, best first."""
+    """The rows found for each query, best first. A row that is not there, because fewer are allowed than were wanted, has number -1."""
 
     numbers: NDArray[np.int64]  # [Q, K] row numbers
     scores: NDArray[np.float32]  # [Q, K] inner products, descending
 
 
-class FlatIndex:
-    """Flat FAISS search over every row, times its weight in `weights` [N] if given. Building costs one pass over the rows; it holds 2·N·D bytes."""
+class RowIndex:
+    """Search over every row, times its weight in `weights` [N] if given.
 
-    def __init__(self, rows: RowShards, weights: NDArray[np.float64] | None = None) -> None:
-        faiss = _faiss()
-        self.num_rows = rows.num_rows
-        self._index: Any
-        if faiss.get_num_gpus() > 0:
-            settings = faiss.GpuIndexFlatConfig()
-            settings.useFloat16 = True
-            self._resources = faiss.StandardGpuResources()  # must live as long as the index
-            self._index = faiss.GpuIndexFlatIP(self._resources, rows.row_length, settings)
-        else:
-            self._index = faiss.IndexScalarQuantizer(rows.row_length, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        for first, block in rows.blocks():
-            scale = np.float32(1) if weights is None else weights[first : first + len(block), None].astype(np.float32)
-            self._index.add(block.astype(np.float32) * scale)
+    Building costs one pass over the rows and holds at most 776 bytes a row (12 KiB on a GPU). A search reads `shortlist` whole rows from disk, by
+    default one in a hundred but at least 4,000; an index of no more rows than that has no sketch and all its rows are compared.
+    """
 
-    def search(self, queries: NDArray[np.float32], k: int) -> Candidates:
-        """The k rows of largest inner product for each query [Q, D]; all rows when there are fewer than k."""
-        _check(queries, self._index.d)
-        scores, numbers = self._index.search(np.ascontiguousarray(queries), min(k, self.num_rows))
+    def __init__(self, rows: RowShards, weights: NDArray[np.float64] | None = None, shortlist: int | None = None) -> None:
+        self.rows = rows
+        self.weights = None if weights is None else weights.astype(np.float32)
+        self.shortlist = shortlist or max(4000, rows.num_rows // 100)
+        self._sketch: _Sketch | _GpuSketch | None = None
+        if rows.num_rows > self.shortlist:
+            self._sketch = (_GpuSketch if _faiss().get_num_gpus() > 0 else _Sketch)(rows, self.weights)
+
+    def search(self, queries: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None) -> Candidates:
+        """The k rows of largest inner product for each query [Q, D], among those that are `allowed` [N] if that is given."""
+        _check(queries, self.rows.format.length)
+        numbers = np.full((len(queries), min(k, self.rows.num_rows)), -1, dtype=np.int64)
+        scores = np.full(numbers.shape, -np.inf, dtype=np.float32)
+        for place, near in enumerate(self._shortlists(queries, max(self.shortlist, k), allowed)):
+            found = best(self._exact(queries[place : place + 1], near), k)
+            count = found.numbers.shape[1]
+            numbers[place, :count], scores[place, :count] = near[found.numbers[0]], found.scores[0]
         return Candidates(numbers=numbers, scores=scores)
+
+    def _shortlists(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None) -> Iterable[NDArray[np.int64]]:
+        """Numbers of rows, ascending, for each query."""
+        num_allowed = self.rows.num_rows if allowed is None else int(allowed.sum())
+        if self._sketch is None or num_allowed <= count or (allowed is not None and not self._sketch.selects):
+            everything = np.arange(self.rows.num_rows) if allowed is None else np.flatnonzero(allowed)
+            return [everything] * len(queries)
+        return [np.sort(row) for row in self._sketch.search(queries, count, allowed)]  # read from disk in order
+
+    def _exact(self, queries: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        scores = row_scores(queries, self.rows, numbers)
+        return scores if self.weights is None else scores * self.weights[numbers]
+
+
+class _Sketch:
+    """The sketches of all rows in FAISS, one part for each thread, because FAISS scans for one query with one thread."""
+
+    selects = True
+
+    def __init__(self, rows: RowShards, weights: NDArray[np.float32] | None) -> None:
+        self._kept = _Kept(rows.format)
+        threads = min(_faiss().omp_get_max_threads(), rows.num_rows)
+        self._starts = np.linspace(0, rows.num_rows, threads + 1, dtype=np.int64)
+        self._parts = [_rabitq(self._kept.count, SKETCH_QUERY_BITS) for _ in range(threads)]
+        for first, signs, scales in _sketches(rows, weights):
+            for part, start, end in zip(self._parts, self._starts, self._starts[1:], strict=False):
+                own = slice(max(0, start - first), max(0, end - first))
+                if len(scales[own]):
+                    part.add_sa_codes(_rabitq_codes(signs[own], scales[own]))
+
+    def search(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None) -> list[NDArray[np.int64]]:
+        """The numbers of about `count` rows for each query."""
+        sketched = self._kept.of(queries)
+        with ThreadPoolExecutor(len(self._parts)) as threads:
+            parts = list(threads.map(lambda place: self._search_part(place, sketched, count, allowed), range(len(self._parts))))
+        numbers = np.concatenate([numbers for _, numbers in parts], axis=1)
+        merged = best(np.concatenate([scores for scores, _ in parts], axis=1), count).numbers
+        return [row[row >= 0] for row in np.take_along_axis(numbers, merged, axis=1)]
+
+    def _search_part(
+        self, place: int, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        faiss, part, start = _faiss(), self._parts[place], self._starts[place]
+        parameters = faiss.RaBitQSearchParameters()
+        parameters.qb = SKETCH_QUERY_BITS
+        if allowed is not None:
+            mask = np.packbits(allowed[start : self._starts[place + 1]], bitorder="little")  # it and the selector must outlive the search
+            selector = faiss.IDSelectorBitmap(part.ntotal, faiss.swig_ptr(mask))
+            parameters.sel = selector
+        scores, numbers = part.search(queries, min(count, part.ntotal), params=parameters)
+        return scores, np.where(numbers >= 0, numbers + start, -1)
+
+
+class _GpuSketch:
+    """The sketches of all rows in FAISS on a GPU, in float16."""
+
+    selects = False  # FAISS knows no selection of rows there
+
+    def __init__(self, rows: RowShards, weights: NDArray[np.float32] | None) -> None:
+        faiss = _faiss()
+        self._kept = _Kept(rows.format)
+        self._resources = faiss.StandardGpuResources()  # must live as long as the index
+        settings = faiss.GpuIndexFlatConfig()
+        settings.useFloat16 = True
+        self._index = faiss.GpuIndexFlatIP(self._resources, self._kept.count, settings)
+        for _, signs, scales in _sketches(rows, weights):
+            self._index.add((2 * np.unpackbits(signs, axis=1, bitorder="little").astype(np.float32) - 1) * scales[:, None])
+
+    def search(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None) -> list[NDArray[np.int64]]:
+        """The numbers of the best `count` rows, at most 2,048, for each query."""
+        assert allowed is None
+        return list(self._index.search(self._kept.of(queries), min(count, GPU_MOST_RESULTS))[1])
+
+
+class _Kept:
+    """Which numbers of a row are in its sketch."""
+
+    def __init__(self, row_format: RowFormat) -> None:
+        self._numbers = row_format.sketched_numbers(SKETCH_BYTES)
+        self._padding = -row_format.length % 8
+        self.count = len(self._numbers)
+
+    def of(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.ascontiguousarray(np.pad(queries, ((0, 0), (0, self._padding)))[:, self._numbers])
+
+
+def _sketches(rows: RowShards, weights: NDArray[np.float32] | None) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.float32]]]:
+    """(number of the first row, signs, scales) of consecutive blocks."""
+    for first, block in rows.blocks():
+        signs, scales = rows.format.sketch(block, SKETCH_BYTES)
+        yield first, signs, scales if weights is None else scales * weights[first : first + len(block)]
+
+
+def _rabitq(num_bits: int, query_bits: int) -> Any:
+    """An empty FAISS index of signs and scales for inner products with a float query, which it rounds to so many bits."""
+    faiss = _faiss()
+    index = faiss.IndexRaBitQ(num_bits, faiss.METRIC_INNER_PRODUCT)
+    index.train(np.zeros((1, num_bits), dtype=np.float32))  # the point around which signs are taken: the origin
+    index.qb = query_bits
+    return index
+
+
+def _rabitq_codes(signs: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """FAISS's own form of the same: the packed signs, ‖x - origin‖² - ‖x‖² = 0, and the scale for signs of norm 1."""
+    factors = np.zeros((len(signs), 2), dtype=np.float32)
+    factors[:, 1] = scales * np.sqrt(np.float32(8 * signs.shape[1]))
+    return np.concatenate([signs, factors.view(np.uint8)], axis=1)
+
+
+def row_scores(queries: NDArray[np.float32], rows: RowShards, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The inner product of every query with the rows of these numbers, [Q, len(numbers)]; with bit rows, the query is rounded to eight bits."""
+    _check(queries, rows.format.length)
+    step = max(1, 64 * 2**20 // (rows.format.bytes_per_row if rows.format.encoding == "bit" else 4 * rows.format.length))
+    parts = [_scores(queries, rows.take(numbers[first : first + step]), rows.format) for first in range(0, len(numbers), step)]
+    return np.concatenate(parts, axis=1) if parts else np.zeros((len(queries), 0), dtype=np.float32)
+
+
+def _scores(queries: NDArray[np.float32], codes: NDArray[np.uint8], row_format: RowFormat) -> NDArray[np.float32]:
+    if row_format.encoding != "bit":
+        return queries @ row_format.decode(codes).T
+    signs = codes[:, :-4]
+    index = _rabitq(8 * signs.shape[1], ROW_QUERY_BITS)
+    index.add_sa_codes(_rabitq_codes(signs, row_format.scales(codes)))
+    found, numbers = index.search(np.pad(queries, ((0, 0), (0, -row_format.length % 8))), len(codes))
+    scores: NDArray[np.float32] = np.empty_like(found)
+    np.put_along_axis(scores, numbers, found, axis=1)
+    return scores
 
 
 def exact_search(queries: NDArray[np.float32], rows: RowShards, k: int) -> Candidates:
-    """What `FlatIndex.search` returns, by plain NumPy products over blocks of rows; ties go to the lower number."""
-    _check(queries, rows.row_length)
-    return best(all_scores(queries, rows), k)
-
-
-def all_scores(queries: NDArray[np.float32], rows: RowShards) -> NDArray[np.float32]:
-    """The inner product of every query with every row, [Q, N]."""
-    return np.concatenate([queries @ block.astype(np.float32).T for _, block in rows.blocks()], axis=1)
+    """What `RowIndex.search` approximates, by plain NumPy products over blocks of decoded rows; ties go to the lower number."""
+    _check(queries, rows.format.length)
+    return best(np.concatenate([queries @ rows.format.decode(block).T for _, block in rows.blocks()], axis=1), k)
 
 
 def best(scores: NDArray[Any], k: int) -> Candidates:

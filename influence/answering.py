@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ekfac import Solution, matches
-from indexing import all_scores, best, query_rows
+from indexing import best, group_duplicates, query_rows, row_scores
 from influence.attribution import AttributedModel, SequenceScores, mean_scores, precondition, query_gradients, score_sequences
 from influence.errors import RequestError
 from influence.lexical import ranks
@@ -25,6 +25,12 @@ from influence.run_directory import digest
 
 if TYPE_CHECKING:
     from influence.run import Run
+
+UNMEASURED_CANDIDATES = 200
+"""Reranked where the index's recall was not measured."""
+
+MORE_THAN_SHOWN = 20
+"""Sequences beyond the k-th that an exact scan gives, lest duplicates leave less than k results."""
 
 Progress = Callable[[int, int], None]
 """Called with (units of work done, units in all)."""
@@ -42,7 +48,8 @@ class QueryOptions:
     opponents: bool = False  # the most negative scores instead of the most positive
     exact: bool = False  # scan every sequence instead of the index's candidates
     layers: tuple[str, ...] = ()  # globs of layers to sum over; all when empty
-    candidates: int = 200  # how many of the index's best are reranked exactly
+    candidates: int | None = None  # how many of the index's best are reranked exactly; None: as many as the measured recall asks for
+    where: str | None = None  # only sequences whose metadata fulfil this condition
     normalize: bool = False  # divide each score by √self-influence of its sequence (RelatIF, Barshan et al. 2020)
     refine: RefineOptions | None = None  # solve with the exact Gauss-Newton Hessian instead of EK-FAC alone
     bm25: bool = False
@@ -50,7 +57,7 @@ class QueryOptions:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise RequestError(f"k must be at least 1, not {self.k}")
-        if self.candidates < 1:
+        if self.candidates is not None and self.candidates < 1:
             raise RequestError(f"candidates must be at least 1, not {self.candidates}")
 
 
@@ -124,13 +131,14 @@ class _Asked:
     solution: Solution | None  # of the refinement
     weights: NDArray[np.float64]  # [N]: what each sequence's score is multiplied by
     rows: NDArray[np.float32] | None  # [Q, D]; none where everything is scanned
-    estimates: NDArray[np.float64]  # [Q, N] scores of every sequence: exact ones, or the index's
+    known: NDArray[np.int64]  # [M]: the sequences whose scores are known before the rerank: all that may be found, or a sample of them
+    estimates: NDArray[np.float64]  # [Q, M]: those scores: exact ones, or the index's
 
-    def candidates(self, sign: float, count: int) -> NDArray[np.int64]:
-        """[Q, count] numbers of sequences by the index."""
+    def candidates(self, sign: float, count: int, options: QueryOptions, allowed: NDArray[np.bool_] | None) -> list[NDArray[np.int64]]:
+        """For each query, the numbers of up to `count` sequences by the index, best first."""
         assert self.rows is not None
-        index = self.run.index if bool((self.weights == 1).all()) else self.run.normalized_index
-        return index.search(np.float32(sign) * self.rows, count).numbers
+        index = self.run.normalized_index if options.normalize else self.run.index
+        return [row[row >= 0] for row in index.search(np.float32(sign) * self.rows, count, allowed).numbers]
 
     def scores(self, place: int, numbers: Sequence[int]) -> SequenceScores:
         """Exact scores of these sequences for one query."""
@@ -138,13 +146,20 @@ class _Asked:
         return score_sequences(self.attributed, one, [self.run.store[number] for number in numbers]).times(self.weights[list(numbers)])
 
 
-def _asked(run: "Run", measurements: Sequence[Measurement], options: QueryOptions, progress: Progress) -> _Asked:
+def _asked(
+    run: "Run", measurements: Sequence[Measurement], options: QueryOptions, allowed: NDArray[np.bool_] | None, progress: Progress
+) -> _Asked:
     attributed = selected(run.attributed, options.layers)
     found = query_gradients(attributed, measurements)
     vectors, solution = solved(run, attributed, found.gradients, options.refine, progress)
     weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
     rows = None if options.exact else query_rows(vectors, run.factors, run.features, run.signs)
-    estimates = run.exact_scores(vectors, attributed, progress) if rows is None else all_scores(rows, run.rows)
+    if rows is None:
+        known = np.arange(len(run.store)) if allowed is None else np.flatnonzero(allowed)
+        estimates = run.exact_scores(vectors, attributed, progress)[:, known]
+    else:
+        known = run.sample if allowed is None else run.sample[allowed[run.sample]]
+        estimates = row_scores(rows, run.rows, known).astype(np.float64)
     return _Asked(
         run=run,
         attributed=attributed,
@@ -153,7 +168,8 @@ def _asked(run: "Run", measurements: Sequence[Measurement], options: QueryOption
         solution=solution,
         weights=weights,
         rows=rows,
-        estimates=estimates * weights,
+        known=known,
+        estimates=estimates * weights[known],
     )
 
 
@@ -187,14 +203,16 @@ def _answers_of_group(
     runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, signs: Sequence[float], progress: Progress
 ) -> list[list[InfluenceResult]]:
     start = time.perf_counter()
-    asked = [_asked(run, measurements, options, progress) for run in runs]
+    allowed = runs[0].allowed(options.where)
+    searched = len(runs[0].store) if allowed is None else int(allowed.sum())
+    asked = [_asked(run, measurements, options, allowed, progress) for run in runs]
     estimates = np.mean([one.estimates for one in asked], axis=0)
     chosen = {}
     for sign in signs:
         if options.exact:
-            chosen[sign] = [best(sign * estimates, options.k).numbers]
+            chosen[sign] = [list(asked[0].known[best(sign * estimates, options.k + MORE_THAN_SHOWN).numbers])]
         else:
-            chosen[sign] = [one.candidates(sign, max(options.candidates, options.k)) for one in asked]
+            chosen[sign] = [one.candidates(sign, num_candidates(one.run, options, sign < 0), options, allowed) for one in asked]
     shared = (time.perf_counter() - start) / len(measurements) / len(signs)
     answers = []
     for place, measurement in enumerate(measurements):
@@ -204,10 +222,11 @@ def _answers_of_group(
             numbers = list(dict.fromkeys(int(number) for table in chosen[sign] for number in table[place]))
             by_run = [one.scores(place, numbers) for one in asked]
             scores = mean_scores(by_run)
-            order = np.argsort(-sign * scores.totals, kind="stable")[: options.k]
-            ranking = _Ranking(numbers=numbers, scores=scores, by_run=by_run, order=order)
+            order = np.argsort(-sign * scores.totals, kind="stable")
+            groups = group_duplicates(asked[0].run.rows, [numbers[place] for place in order], options.k)
+            ranking = _Ranking(numbers=numbers, scores=scores, by_run=by_run, order=order, groups=groups)
             seconds = shared + time.perf_counter() - began
-            results.append(_result(asked, place, measurement, options, ranking, estimates[place], seconds))
+            results.append(_result(asked, place, measurement, options, ranking, estimates[place], searched, sign < 0, seconds))
         answers.append(results)
     return answers
 
@@ -219,7 +238,8 @@ class _Ranking:
     numbers: list[int]
     scores: SequenceScores
     by_run: list[SequenceScores]
-    order: NDArray[np.int64]
+    order: NDArray[np.int64]  # places in `numbers`, best first
+    groups: list[list[int]]  # places in `order`: what is shown as one result
 
 
 def _result(
@@ -229,20 +249,24 @@ def _result(
     options: QueryOptions,
     ranking: _Ranking,
     estimates: NDArray[np.float64],
+    searched: int,
+    opponents: bool,
     seconds: float,
 ) -> InfluenceResult:
     first = asked[0].run
     query = _query_facts(asked, place, measurement)
     identity: list[Any] = [{**query, "token_log_probabilities": None, "log_probability": None}, _plain(options)]
     identity += [one.run.optimizer_digest for one in asked if options.refine]
-    distribution = _distribution(estimates / len(first.store)) | {"estimated_from": "exact scan" if options.exact else "index rows"}
+    distribution = _distribution(estimates / len(first.store)) | {
+        "estimated_from": "exact scan" if options.exact else "index rows" if len(estimates) == searched else "index rows of a sample"
+    }
     return InfluenceResult(
         id=digest([*identity, *(one.run.fingerprints["rows"] for one in asked)])[7:23],
         unit="√nats" if options.normalize else "nats",
         query=query,
         sequences=tuple(_ranked(asked, measurement, options, ranking)),
         coverage=_coverage(asked[0]),
-        provenance=_provenance(asked, place, measurement, options, len(ranking.numbers), seconds),
+        provenance=_provenance(asked, place, measurement, options, len(ranking.numbers), searched, opponents, seconds),
         distribution=distribution,
     )
 
@@ -253,7 +277,8 @@ def _ranked(asked: list[_Asked], measurement: Measurement, options: QueryOptions
     lexical = run.lexical.scores(f"{measurement.prompt}{measurement.completion}", total) if options.bm25 else None
     places = ranks(lexical, ranking.numbers) if lexical is not None else [None] * len(ranking.numbers)
     ranked = []
-    for rank, place in enumerate(ranking.order, 1):
+    for rank, group in enumerate(ranking.groups, 1):
+        place, *others = ranking.order[group]
         sequence = run.store[ranking.numbers[place]]
         by_layer, by_token = ranking.scores.layers[place] / total, ranking.scores.tokens[place] / total
         runs = {name: float(scores.totals[place]) / total for name, scores in zip(_names(asked), ranking.by_run, strict=True)}
@@ -267,6 +292,7 @@ def _ranked(asked: list[_Asked], measurement: Measurement, options: QueryOptions
                 layers={layer.name: float(share) for layer, share in zip(layers, by_layer, strict=True)},
                 tokens=[(token, float(share)) for token, share in zip(run.token_texts(sequence.tokens), by_token, strict=True)],
                 bm25_rank=places[place],
+                duplicates=tuple((run.store[ranking.numbers[other]].id, float(ranking.scores.totals[other]) / total) for other in others),
                 runs=runs if len(asked) > 1 else {},
             )
         )
@@ -305,7 +331,14 @@ def _query_facts(asked: list[_Asked], place: int, measurement: Measurement) -> d
 
 
 def _provenance(
-    asked: list[_Asked], place: int, measurement: Measurement, options: QueryOptions, num_reranked: int, seconds: float
+    asked: list[_Asked],
+    place: int,
+    measurement: Measurement,
+    options: QueryOptions,
+    num_reranked: int,
+    searched: int,
+    opponents: bool,
+    seconds: float,
 ) -> dict[str, Any]:
     run, solution = asked[0].run, asked[0].solution
     made_from, damping = run.description["fingerprints"], run.description["settings"]["factors"]["damping"]
@@ -319,10 +352,10 @@ def _provenance(
         "method": "ekfac",
         "damping": 0.1 if damping == "optimizer" else damping,
         "normalized": options.normalize,
-        "searched": len(run.store),
-        "candidates": len(run.store) if options.exact else num_reranked,
+        "searched": searched,
+        "candidates": searched if options.exact else num_reranked,
         "reranked": "exact",
-        "recall_at_10": _recall(asked, measurement, options),
+        **_quality(asked, measurement, options, opponents),
         "seconds": round(seconds, 4),
     }
     if len(asked) > 1:
@@ -341,16 +374,25 @@ def _provenance(
     return facts
 
 
-def _recall(asked: list[_Asked], measurement: Measurement, options: QueryOptions) -> float | None:
-    """The measured recall, if it was measured for such queries: log-probabilities of whole completions, EK-FAC over all layers of one run."""
+def num_candidates(run: "Run", options: QueryOptions, opponents: bool) -> int:
+    """How many candidates are reranked: as many as are asked for, or as hold 99% of the exact top k by what was measured."""
+    if options.candidates is not None:
+        return max(options.candidates, options.k)
+    return (
+        run.fidelity.end(options.normalize, opponents).candidates_for(options.k) if run.fidelity else max(UNMEASURED_CANDIDATES, options.k)
+    )
+
+
+def _quality(asked: list[_Asked], measurement: Measurement, options: QueryOptions, opponents: bool) -> dict[str, float | None]:
+    """What was measured of the index, if it was for such queries: log-probabilities of whole completions, EK-FAC over all layers of one run."""
     if options.exact:
-        return 1.0
-    measured = asked[0].run.measured_recall
-    special = options.layers or options.opponents or options.refine or measurement.contrast is not None or measurement.span is not None
-    if special or len(asked) > 1 or measured.get("candidates") != options.candidates:
-        return None
-    recall: float = measured["recall_at_10_normalized" if options.normalize else "recall_at_10"]
-    return recall
+        return {"recall_at_10": 1.0, "ndcg_at_20": 1.0}
+    run, fidelity = asked[0].run, asked[0].run.fidelity
+    special = options.layers or options.refine or options.where or measurement.contrast is not None or measurement.span is not None
+    if special or len(asked) > 1 or fidelity is None:
+        return {"recall_at_10": None, "ndcg_at_20": None}
+    end = fidelity.end(options.normalize, opponents)
+    return {"recall_at_10": end.recall_at(10, num_candidates(run, options, opponents)), "ndcg_at_20": end.ndcg_at_20}
 
 
 def _plain(options: QueryOptions) -> dict[str, Any]:

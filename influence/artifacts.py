@@ -31,7 +31,8 @@ def stage_fingerprints(description: Mapping[str, Any]) -> dict[str, str]:
     prints["factors"] = digest(["factors", prints["eigenvalues"], damping])
     prints["rows"] = digest(["rows", prints["factors"], index])
     prints["scans"] = digest(["scans", prints["rows"], settings["index"]["recall_queries"]])
-    prints["recall"] = digest(["recall", prints["scans"]])
+    prints["fidelity"] = digest(["fidelity", prints["scans"]])
+    prints["lexical"] = digest(["lexical", prints["sequences"]])
     return prints
 
 
@@ -81,12 +82,15 @@ def read_eigenvalues(directory: Path) -> dict[str, EigenvalueSum]:
 def write_factors(directory: Path, factors: Mapping[str, LayerFactors]) -> None:
     """The corrected eigenvalues and λ of every layer; the eigenvectors stay where they are."""
     _save({name: factor.eigenvalues for name, factor in factors.items()}, directory / "factors.safetensors", {})
-    summary = {name: {"damping": f.damping, "effective_dimension": f.effective_dimension()} for name, f in factors.items()}
+    summary = {
+        name: {"damping": f.damping, "effective_dimension": f.effective_dimension(), "row_weight": f.row_weight()}
+        for name, f in factors.items()
+    }
     (directory / "factors.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
 def read_factor_summary(directory: Path) -> dict[str, dict[str, float]]:
-    """λ and effective dimension of every layer."""
+    """λ, effective dimension and weight in rows of every layer."""
     summary: dict[str, dict[str, float]] = json.loads((directory / "factors.json").read_text(encoding="utf-8"))
     return summary
 

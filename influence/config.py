@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ekfac import Damping
+from indexing import Encoding, row_length_within
 from influence.errors import RequestError
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -133,15 +134,17 @@ class IndexConfig(Section):
     """The index of rows."""
 
     bytes_per_sequence: Bytes = Field(8192, description="what a sequence's row may cost on disk and in memory")
-    encoding: Literal["float16"] = Field("float16", description="how a number of a row is stored")
+    encoding: Encoding = Field(
+        "bit", description="how a number of a row is stored: float16, int8 or bit; the fewer bits, the more numbers, which is worth more"
+    )
     seed: int = Field(0, ge=0, description="seed of the random signs that spread whitened gradients into buckets")
     recall_queries: int = Field(
-        16, ge=0, description="how many training sequences are asked as queries to measure recall against an exact scan; 0: none"
+        16, ge=0, description="how many training sequences are asked as queries to measure the index against an exact scan; 0: none"
     )
 
     @property
     def row_length(self) -> int:
-        return self.bytes_per_sequence // 2
+        return row_length_within(self.encoding, self.bytes_per_sequence)
 
 
 class RunConfig(Section):

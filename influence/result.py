@@ -20,6 +20,7 @@ class RankedSequence:
     layers: dict[str, float]
     tokens: list[tuple[str, float]]
     bm25_rank: int | None
+    duplicates: tuple[tuple[str, float], ...] = ()  # (id, score) of near-duplicates, which rank with it and are not shown
     runs: dict[str, float] = field(default_factory=dict)  # the score by each run, in their order, when several were averaged
 
     def to_json(self) -> dict[str, Any]:
@@ -32,6 +33,7 @@ class RankedSequence:
             "layers": self.layers,
             "tokens": [list(token) for token in self.tokens],
             "bm25_rank": self.bm25_rank,
+            "duplicates": [{"id": name, "score": score} for name, score in self.duplicates],
         } | ({"runs": self.runs} if self.runs else {})
 
 
@@ -54,6 +56,10 @@ class InfluenceResult:
         """Influence by layer, summed over the ranked sequences."""
         names = self.sequences[0].layers if self.sequences else {}
         return {name: sum(sequence.layers[name] for sequence in self.sequences) for name in names}
+
+    def scores(self) -> dict[str, float]:
+        """The score of every sequence of the answer by its id, near-duplicates included."""
+        return {name: score for sequence in self.sequences for name, score in ((sequence.id, sequence.score), *sequence.duplicates)}
 
     def to_json(self) -> dict[str, Any]:
         """The object that `influence query --json` prints and HTTP returns."""

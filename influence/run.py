@@ -11,20 +11,24 @@ import torch
 from numpy.typing import NDArray
 
 from ekfac import Coverage, LayerFactors, key_of, keyed_bits
-from indexing import FeatureSpec, FlatIndex, RowShards, Spreader, feature_spec, open_rows, spreaders
+from indexing import FeatureSpec, RowFormat, RowIndex, RowShards, Spreader, feature_spec, open_rows, spreaders
 from influence import artifacts, optimizer_state
 from influence.answering import Progress, QueryOptions, answer, ignore
 from influence.attribution import AttributedModel, scan
 from influence.batches import batch_budget
 from influence.config import FactorsConfig, IndexConfig, ModelConfig
 from influence.errors import RequestError
-from influence.lexical import LexicalSearch
+from influence.fidelity import Fidelity
+from influence.filters import matching
+from influence.lexical import LexicalSearch, read_lexical
 from influence.measurement import Measurement, measure_completion, measure_tokens
 from influence.model import LanguageModel, load_model, load_tokenizer, longest_sequence, model_fingerprint, tokenizer_fingerprint
 from influence.optimizer_state import OptimizerState, read_optimizer_state
 from influence.result import InfluenceResult
 from influence.run_directory import RunDirectory, file_digest
 from influence.sequences import SequenceStore
+
+SAMPLE_SIZE = 10_000
 
 
 class Run:
@@ -107,20 +111,24 @@ class Run:
     def features(self) -> FeatureSpec:
         """How this run's rows are made."""
         summary = artifacts.read_factor_summary(self.path_of("factors"))
-        dimensions = {name: facts["effective_dimension"] for name, facts in summary.items()}
-        return feature_spec(self.coverage.layers, dimensions, self.index_config.row_length, self.index_config.seed)
+        weights = {name: facts["row_weight"] for name, facts in summary.items()}
+        return feature_spec(self.coverage.layers, weights, self.index_config.row_length, self.index_config.seed)
 
     @cached_property
     def signs(self) -> dict[str, Spreader]:
-        return spreaders(self.features, self.language_model.device)
+        return spreaders(self.features, self.factors)
+
+    @property
+    def row_format(self) -> RowFormat:
+        return RowFormat(encoding=self.index_config.encoding, length=self.features.row_length)
 
     @cached_property
     def rows(self) -> RowShards:
-        return open_rows([self.path_of("rows", shard) / "rows.npy" for shard in self.shards], self.features.row_length)
+        return open_rows([self.path_of("rows", shard) / "rows.npy" for shard in self.shards], self.row_format)
 
     @cached_property
-    def index(self) -> FlatIndex:
-        return FlatIndex(self.rows)
+    def index(self) -> RowIndex:
+        return RowIndex(self.rows)
 
     @cached_property
     def self_influence(self) -> NDArray[np.float64]:
@@ -134,26 +142,36 @@ class Run:
         return np.where(own > 0, 1 / np.sqrt(np.where(own > 0, own, 1)), 0)
 
     @cached_property
-    def normalized_index(self) -> FlatIndex:
-        return FlatIndex(self.rows, self.normalizing_weights)
+    def normalized_index(self) -> RowIndex:
+        return RowIndex(self.rows, self.normalizing_weights)
 
     @cached_property
     def lexical(self) -> LexicalSearch:
-        return LexicalSearch(sequence.text for sequence in self.store)
+        return read_lexical(self.path_of("lexical"))
 
     @cached_property
-    def measures_recall(self) -> bool:
+    def measures_fidelity(self) -> bool:
         """Whether training sequences serve as queries: some are wanted, and some can be, having a counted token to predict from another."""
         can_be = self.store.summary["counted_tokens"] > len(self.store) > 1  # every sequence has one; whoever has two makes them more
         return self.index_config.recall_queries > 0 and can_be
 
     @cached_property
-    def measured_recall(self) -> dict[str, Any]:
-        """What the recall stage measured: {"recall_at_10", "candidates", "queries"}, or {} when there was nothing to measure it with."""
-        if not self.measures_recall:
-            return {}
-        found: dict[str, Any] = json.loads((self.path_of("recall") / "recall.json").read_text(encoding="utf-8"))
-        return found
+    def fidelity(self) -> Fidelity | None:
+        """How close the index was measured to come to exact EK-FAC; None when there was nothing to measure it with."""
+        if not self.measures_fidelity:
+            return None
+        return Fidelity.from_json(json.loads((self.path_of("fidelity") / "fidelity.json").read_text(encoding="utf-8")))
+
+    @cached_property
+    def sample(self) -> NDArray[np.int64]:
+        """The numbers, ascending, of up to 10,000 sequences that distributions are estimated from."""
+        return np.sort(self.hash_order(self.index_config.seed)[:SAMPLE_SIZE])
+
+    def allowed(self, where: str | None) -> NDArray[np.bool_] | None:
+        """[N]: which sequences a query may find; None when all. Raises RequestError for a condition that cannot be read."""
+        if where is None:
+            return None
+        return matching((sequence.metadata for sequence in self.store), where)
 
     def hash_order(self, seed: int) -> NDArray[np.int64]:
         """The numbers of all sequences in the order of the hashes of their ids: the first of them are a sample that depends on nothing else."""

@@ -7,9 +7,10 @@
     eigenbases/<name>/                  one covariance's eigenvectors
     eigenvalues/part-00000/             partial sums
     factors/all/                        corrected eigenvalues and damping
-    rows/part-00000/                    rows.npy (float16), self_influence.npy
+    lexical/all/                        BM25 over the texts
+    rows/part-00000/                    rows.npy (bytes), self_influence.npy
     scans/part-00000/                   exact scores of sample queries
-    recall/all/                         the recall measured with them
+    fidelity/all/                       how close the index comes to them
     answers/<id>.json                   results of queries
     evaluations/                        what `influence evaluate` measured; below retrained-<id>/ a unit for each retrained model
     progress.json                       what `influence status` shows of work under way
@@ -32,10 +33,10 @@ from typing import Any
 
 from influence.errors import RequestError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the layout and of every file format in a run directory. Other versions are refused."""
 
-STAGES = ("sequences", "layers", "covariances", "eigenbases", "eigenvalues", "factors", "rows", "scans", "recall")
+STAGES = ("sequences", "layers", "covariances", "eigenbases", "eigenvalues", "factors", "lexical", "rows", "scans", "fidelity")
 
 
 def digest(value: Any) -> str:

@@ -37,6 +37,7 @@ from jobs.options import (
     Refine,
     RefineSequences,
     RefineSteps,
+    Where,
     open_within,
     with_config_options,
 )
@@ -156,7 +157,13 @@ def query(
     contrast: Annotated[str | None, typer.Option("--contrast", help="another completion: explain the difference to it")] = None,
     span: Annotated[str | None, typer.Option("--span", metavar="A:B", help="only tokens A to B-1 of the completion")] = None,
     layers: Annotated[list[str] | None, typer.Option("--layers", help="only layers that match this glob; may be repeated")] = None,
-    candidates: Annotated[int, typer.Option("--candidates", help="how many of the index's best are reranked exactly")] = 200,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            "--candidates", help="how many of the index's best are reranked exactly; left out, as many as its measured recall asks for"
+        ),
+    ] = None,
+    where: Where = None,
     queries: Annotated[
         Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids")
     ] = None,
@@ -180,6 +187,7 @@ def query(
         exact=exact,
         layers=tuple(layers or ()),
         candidates=candidates,
+        where=where,
         normalize=normalize,
         refine=_refinement(refine, refine_steps, refine_sequences),
         bm25=bm25,
@@ -206,6 +214,7 @@ def report(
     ] = None,
     k: Annotated[int, typer.Option("-k", help="how many sequences on either side")] = 10,
     exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
+    where: Where = None,
     normalize: Normalize = False,
     refine: Refine = False,
     refine_steps: RefineSteps = RefineOptions.steps,
@@ -227,7 +236,9 @@ def report(
     asked = asked_before(opened) if nothing_asked else measurements_of(opened, prompt, completion, None, None, queries)
     refinement = _refinement(refine, refine_steps, refine_sequences)
     runs = [opened, *(open_within(other, None, memory_budget) for other in also or [])]
-    answers = answers_with_opponents(runs, asked, QueryOptions(k=k, exact=exact, normalize=normalize, refine=refinement, bm25=True))
+    answers = answers_with_opponents(
+        runs, asked, QueryOptions(k=k, exact=exact, where=where, normalize=normalize, refine=refinement, bm25=True)
+    )
     write_page(page, answers, opened)
     if as_json:
         _print_json({"report": str(page), "bytes": page.stat().st_size, "queries": answers})
@@ -273,7 +284,7 @@ def _status(run: Run) -> dict[str, Any]:
             "excluded": coverage.excluded,
         }
     if finished:
-        status["recall"] = run.measured_recall
+        status["fidelity"] = run.fidelity.to_json() if run.fidelity else None
     else:
         status["progress"] = run.directory.read_progress()
     return status
@@ -299,8 +310,13 @@ def _print_status(run: Run) -> None:
         console.print(
             f"coverage: {share:.1%} of the parameters, in {len(coverage['layers'])} layers; {len(coverage['excluded'])} modules excluded"
         )
-    if recall := status.get("recall"):
-        console.print(f"recall: {recall.get('recall_at_10', float('nan')):.3f} of the exact top 10 among {recall['candidates']} candidates")
+    if run.fidelity and status["finished"]:
+        end = run.fidelity.end(normalized=False, opponents=False)
+        depths = "; ".join(f"{share:.3f} among {depth}" for depth, share in end.recall[max(k for k in end.recall if k <= 10)].items())
+        console.print(
+            f"fidelity of the index to exact EK-FAC, {run.fidelity.num_queries} queries: NDCG@20 {end.ndcg_at_20:.3f}, "
+            f"of the exact top 10 {depths}; {end.candidates_for(10)} candidates are reranked for 10 results"
+        )
     for name, value in status["fingerprints"].items():
         console.print(f"{name}: {value}")
 
@@ -314,6 +330,9 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
     table = Table("rank", f"score ({result.unit})", "id", *(["bm25"] if bm25 else []), "text", show_lines=tokens)
     for sequence in result.sequences:
         text = _coloured(sequence.tokens, largest) if tokens else Text(" ".join(sequence.text.split())[:200])
+        if sequence.duplicates:
+            names = ", ".join(name for name, _ in sequence.duplicates[:3]) + (", …" if len(sequence.duplicates) > 3 else "")
+            text += Text(f" (with {len(sequence.duplicates)} near-duplicates: {names})", style="dim")
         lexical = [str(sequence.bm25_rank or "-")] if bm25 else []
         table.add_row(str(sequence.rank), f"{sequence.score:+.4g}", Text(sequence.id), *lexical, text)
     console.print(table)
@@ -327,7 +346,11 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
     console.print(
         f"searched {provenance['searched']:,} sequences, reranked {provenance['candidates']:,} exactly in {provenance['seconds']:.2f} s; "
         f"{result.coverage['parameters_attributed']:.1%} of the parameters; recall of the top 10 "
-        + ("not measured for this kind of query" if recall is None else f"{recall:.3f}"),
+        + (
+            "not measured for this kind of query"
+            if recall is None
+            else f"{recall:.3f}, NDCG@20 before the rerank {provenance['ndcg_at_20']:.3f}"
+        ),
         style="dim",
     )
 

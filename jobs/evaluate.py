@@ -21,9 +21,11 @@ from jobs.progress import say
 
 if TYPE_CHECKING:
     from influence.evaluation.bank import Bank
+    from jobs.fidelity import FidelityOutcome
     from jobs.lds import LdsOutcome
 
-KNOWN_METRICS = ("lds",)
+KNOWN_METRICS = ("lds", "fidelity")
+FIDELITY_SEQUENCES = 5_000
 DEFAULT_METHODS = ("ekfac", "gradient-cosine", "bm25")
 TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay")
 """Options that are fields of `RetrainingSettings`."""
@@ -31,8 +33,15 @@ TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay")
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run directory")],
-    metric: Annotated[str, typer.Argument(help="what is measured: lds, the linear datamodelling score")],
-    queries: Annotated[Path, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids")],
+    metric: Annotated[str, typer.Argument(help="lds, the linear datamodelling score; or fidelity of the index to exact EK-FAC")],
+    queries: Annotated[
+        Path | None,
+        typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids; lds needs it"),
+    ] = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option("--sequences", min=2, help="fidelity: over how many training sequences, chosen by hash of their ids (5000)"),
+    ] = None,
     bank: Annotated[Path | None, typer.Option("--bank", help=".npz file of retrained models: masks and query_losses")] = None,
     retrain: Annotated[bool, typer.Option("--retrain", help="retrain models on random halves of the training sequences")] = False,
     base: Annotated[str | None, typer.Option("--base", help="the model before it was trained on the data: a directory or hub id")] = None,
@@ -57,7 +66,7 @@ def evaluate(
     refine_steps: RefineSteps = RefineOptions.steps,
     refine_sequences: RefineSequences = RefineOptions.sequences,
     also: AlsoRuns = None,
-    out: Annotated[Path | None, typer.Option("--out", help="directory for lds.json and lds.png; RUN/evaluations when left out")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="directory for what is written; RUN/evaluations when left out")] = None,
     model: ModelOption = None,
     memory_budget: Memory = "16GiB",
     as_json: Json = False,
@@ -69,21 +78,47 @@ def evaluate(
     training = dict(zip(TRAINING, (epochs, batch_size, learning_rate, weight_decay), strict=True))
     other = {"base": base, "subsets": subsets, "seeds": seeds, "workers": workers, "address": address}
     given = {name: value for name, value in {**training, **other}.items() if value is not None}
-    _check_source(bank, retrain, given)
-    outcome = _evaluate_lds(
-        runs=[open_within(run, model, memory_budget), *(open_within(other, None, memory_budget) for other in also or [])],
-        queries=queries,
-        bank=bank,
-        retraining=given,
-        methods=tuple(dict.fromkeys(method or DEFAULT_METHODS)),
-        refine=RefineOptions(steps=refine_steps, sequences=refine_sequences),
-        scores=scores or (),
-        out=out,
-    )
+    opened = open_within(run, model, memory_budget)
+    outcome: FidelityOutcome | LdsOutcome
+    if metric == "fidelity":
+        for_lds = {"bank": bank, "retrain": retrain or None, "method": method, "scores": scores, "also": also, **given}
+        _refuse_options(for_lds, "lds", metric)
+        outcome = _evaluate_fidelity(opened, queries, sequences or FIDELITY_SEQUENCES, out)
+    else:
+        _refuse_options({"sequences": sequences}, "fidelity", metric)
+        if queries is None:
+            raise RequestError("lds needs --queries FILE: the queries whose losses the retrained models have")
+        _check_source(bank, retrain, given)
+        outcome = _evaluate_lds(
+            runs=[opened, *(open_within(other, None, memory_budget) for other in also or [])],
+            queries=queries,
+            bank=bank,
+            retraining=given,
+            methods=tuple(dict.fromkeys(method or DEFAULT_METHODS)),
+            refine=RefineOptions(steps=refine_steps, sequences=refine_sequences),
+            scores=scores or (),
+            out=out,
+        )
     if as_json:
         print(json.dumps(outcome.to_json(), ensure_ascii=False, allow_nan=False))
     else:
         outcome.print(Console(markup=False, highlight=False, soft_wrap=True))
+
+
+def _refuse_options(options: Mapping[str, Any], theirs: str, metric: str) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise RequestError(f"--{given[0].replace('_', '-')} goes with {theirs}, not with {metric}")
+
+
+def _evaluate_fidelity(run: Run, queries: Path | None, sequences: int, out: Path | None) -> "FidelityOutcome":
+    from jobs.fidelity import measure_fidelity
+
+    directory = _writable_directory(out or run.directory.path / "evaluations")
+    asked = measurements_of(run, None, None, None, None, queries) if queries else None
+    outcome = measure_fidelity(run, asked, sequences, directory)
+    outcome.write()
+    return outcome
 
 
 def _check_source(bank: Path | None, retrain: bool, given: Mapping[str, Any]) -> None:

@@ -27,6 +27,9 @@ AlsoRuns = Annotated[
     list[Path] | None,
     typer.Option("--also", metavar="RUN", help="average the scores with this run of another checkpoint or training; may be repeated"),
 ]
+Where = Annotated[
+    str | None, typer.Option("--where", help="only sequences whose metadata fulfil this, such as \"source = 'web' and year < 2023\"")
+]
 Normalize = Annotated[bool, typer.Option("--normalize", help="divide each score by √self-influence of its sequence (RelatIF)")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="where the model is now, if it moved; its weights must be the same")]
 Memory = Annotated[str, typer.Option("--memory-budget", help="memory for model, factors and batches")]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ekfac import (
     Covariance,
@@ -29,9 +29,9 @@ from ekfac import (
     reached_positions,
     true_label_loss,
 )
-from indexing import encode_rows, feature_rows, query_rows, recall
+from indexing import feature_rows, query_rows, row_scores
 from influence import optimizer_state
-from influence.answering import QueryOptions, in_groups
+from influence.answering import in_groups
 from influence.artifacts import (
     read_covariance,
     read_eigenvalues,
@@ -47,6 +47,8 @@ from influence.batches import in_batches
 from influence.config import Config
 from influence.documents import data_fingerprint, read_documents
 from influence.errors import RequestError
+from influence.fidelity import DEPTHS, Fidelity, end_fidelity, end_name, rank_correlation
+from influence.lexical import write_lexical
 from influence.measurement import Measurement
 from influence.model import LanguageModel, embedded_tokens, load_model, longest_sequence, model_fingerprint, tokenizer_fingerprint
 from influence.run import Run
@@ -54,7 +56,6 @@ from influence.run_directory import RunDirectory
 from influence.sequences import TrainingSequence, tokenize, write_sequences
 
 Write = Callable[[Path], None]
-RECALL_DEPTH = 10
 MOST_FIT_GROUPS = 8
 LAYER_TRIAL_LENGTH = 11
 
@@ -146,10 +147,10 @@ def _layers(run: Run, config: Config, _: str) -> Write:
         coverage = attributable_layers(loaded.model, call, config.factors.patterns)
     except ValueError as error:
         raise RequestError(f"factors.layers: {error}") from None
-    smallest = 2 * len(coverage.layers)
-    if config.index.bytes_per_sequence < smallest:
+    if config.index.row_length < len(coverage.layers):
         raise RequestError(
-            f"index.bytes_per_sequence is {config.index.bytes_per_sequence}, but {len(coverage.layers)} layers need at least {smallest}: raise it"
+            f"index.bytes_per_sequence is {config.index.bytes_per_sequence}, which in {config.index.encoding} is {config.index.row_length} numbers, "
+            f"fewer than the {len(coverage.layers)} layers: raise it"
         )
     return lambda directory: write_layers(directory, coverage)
 
@@ -205,12 +206,12 @@ def _factors(run: Run, config: Config, _: str) -> Write:
 
 def _rows(run: Run, _: Config, unit: str) -> Write:
     attributed, sequences = run.attributed, run.store.shard(_shard_number(unit))
-    rows = np.empty((len(sequences), run.features.row_length), dtype=np.float16)
+    rows = np.empty((len(sequences), run.row_format.bytes_per_row), dtype=np.uint8)
     self_influence = np.empty(len(sequences), dtype=np.float64)
     for members, batch in in_batches(sequences, attributed.budget, attributed.device):
         found, own = feature_rows(attributed.model, attributed.layers, run.factors, run.features, run.signs, true_label_loss, batch)
         try:
-            rows[members], self_influence[members] = encode_rows(found), own.cpu().numpy()
+            rows[members], self_influence[members] = run.row_format.encode(found), own.cpu().numpy()
         except ValueError as error:
             names = ", ".join(sequences[member].id for member in members[:3])
             raise RequestError(f"{error}, in the batch of {names}, …: raise factors.damping") from None
@@ -222,7 +223,11 @@ def _rows(run: Run, _: Config, unit: str) -> Write:
     return write
 
 
-def recall_queries(run: Run) -> list[tuple[int, Measurement]]:
+def _lexical(run: Run, _: Config, unit: str) -> Write:
+    return lambda directory: write_lexical(directory, (sequence.text for sequence in run.store))
+
+
+def sample_queries(run: Run) -> list[tuple[int, Measurement]]:
     """Training sequences that serve as queries: (number, measurement of the log-probability of the second half given the first).
 
     Chosen by hash of their ids among those with two counted tokens.
@@ -247,45 +252,48 @@ def _preconditioned(run: Run, measurements: Sequence[Measurement]) -> Iterator[d
 
 
 def _scan_units(run: Run) -> Sequence[str]:
-    return run.shards if run.measures_recall else []
+    return run.shards if run.measures_fidelity else []
 
 
 def _scan(run: Run, _: Config, unit: str) -> Write:
     attributed = run.attributed
-    vectors = _preconditioned(run, [measurement for _, measurement in recall_queries(run)])
+    vectors = _preconditioned(run, [measurement for _, measurement in sample_queries(run)])
     scores = np.concatenate([scan(attributed, one, run.store.shard(_shard_number(unit))) for one in vectors])
     return lambda directory: np.save(directory / "scores.npy", scores, allow_pickle=False)
 
 
-def _recall_units(run: Run) -> Sequence[str]:
-    return ["all"] if run.measures_recall else []
+def _fidelity_units(run: Run) -> Sequence[str]:
+    return ["all"] if run.measures_fidelity else []
 
 
-def _recall(run: Run, _: Config, unit: str) -> Write:
-    """How many of the exact top 10 are among the index's candidates; a query's own sequence is left out of both."""
-    queries = recall_queries(run)
-    scores = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
+def _fidelity(run: Run, _: Config, unit: str) -> Write:
+    """How close the index comes to the exact scores of the sample queries; a query's own sequence does not count."""
+    queries = sample_queries(run)
+    exact = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
+    exact[np.arange(len(queries)), [number for number, _ in queries]] = -np.inf
     vectors = _preconditioned(run, [measurement for _, measurement in queries])
-    depth = QueryOptions().candidates
     rows = np.concatenate([query_rows(one, run.factors, run.features, run.signs) for one in vectors])
-    own = [number for number, _ in queries]
-    measured: dict[str, Any] = {"candidates": depth, "queries": len(queries)}
-    for name, index, weights in (("", run.index, np.ones(len(run.store))), ("_normalized", run.normalized_index, run.normalizing_weights)):
-        truth = [
-            _without(np.argsort(-row, kind="stable"), number)[:RECALL_DEPTH] for row, number in zip(scores * weights, own, strict=True)
-        ]
-        candidates = [_without(row, number)[:depth] for row, number in zip(index.search(rows, depth + 1).numbers, own, strict=True)]
-        measured[f"recall_at_10{name}"] = recall(candidates, truth)
-        measured[f"recall_at_10{name}_without_rerank"] = recall([row[:RECALL_DEPTH] for row in candidates], truth)
+    ends = {}
+    for normalized, index in ((False, run.index), (True, run.normalized_index)):
+        scores = exact * run.normalizing_weights if normalized else exact
+        for opponents, sign in ((False, 1), (True, -1)):
+            truth = np.where(np.isfinite(exact), sign * scores, -np.inf)
+            found = index.search(np.float32(sign) * rows, max(DEPTHS) + 1).numbers
+            others = np.stack([_without(row, number) for row, (number, _) in zip(found, queries, strict=True)])
+            ends[end_name(normalized, opponents)] = end_fidelity(truth, others)
+    sample = run.sample
+    spearman = rank_correlation(exact[:, sample], row_scores(rows, run.rows, sample))
+    measured = Fidelity(num_queries=len(queries), spearman=spearman, ends=ends)
 
     def write(directory: Path) -> None:
-        (directory / "recall.json").write_text(json.dumps(measured), encoding="utf-8")
+        (directory / "fidelity.json").write_text(json.dumps(measured.to_json()), encoding="utf-8")
 
     return write
 
 
-def _without(numbers: np.ndarray[Any, Any], number: int) -> list[int]:
-    return [int(other) for other in numbers if other != number]
+def _without(numbers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+    """The ranking without that one, or without its last where it does not hold it."""
+    return np.asarray(numbers[numbers != number][: len(numbers) - 1])
 
 
 STAGES = (
@@ -295,7 +303,8 @@ STAGES = (
     Stage(name="eigenbases", title="eigenbases", units=_covariance_names, work=_eigenbasis),
     Stage(name="eigenvalues", title="corrected eigenvalues", units=_fit_groups, work=_eigenvalues),
     Stage(name="factors", title="factors", units=_everything, work=_factors),
+    Stage(name="lexical", title="lexical index", units=_everything, work=_lexical),
     Stage(name="rows", title="index rows", units=_shards, work=_rows),
     Stage(name="scans", title="exact scan of sample queries", units=_scan_units, work=_scan),
-    Stage(name="recall", title="recall of the index", units=_recall_units, work=_recall),
+    Stage(name="fidelity", title="fidelity of the index", units=_fidelity_units, work=_fidelity),
 )

@@ -148,7 +148,7 @@ SETTINGS = [
     ({"resources": {"memory_budget": "tiny"}}, "resources.memory_budget: "),
     ({"data": {"sequence_length": POSITIONS + 1}}, f"data.sequence_length is 33, but the model has {POSITIONS} positions: lower it"),
     ({"factors": {"layers": "nothing*"}}, "no attributable layer matches 'nothing*'; there are 15, such as: transformer.wte"),
-    ({"index": {"bytes_per_sequence": 2}}, "index.bytes_per_sequence is 2, but 15 layers need at least 30: raise it"),
+    ({"index": {"bytes_per_sequence": 2}}, "index.bytes_per_sequence is 2, which in bit is 0 numbers, fewer than the 15 layers: raise it"),
     ({"resources": {"memory_budget": "1KiB"}}, "resources.memory_budget is too small: the model, its factors and one sequence need"),
     ({"data": {"files": "no.jsonl"}}, "no data file at"),
     ({"data": {"files": "no*.jsonl"}}, "no file matches"),
@@ -374,7 +374,7 @@ def check_shape(answer: dict[str, Any]) -> None:
     assert "".join(query["tokens"]) == query["prompt"] + query["completion"]
     assert [result["rank"] for result in results] == list(range(1, len(results) + 1))
     for result in results:
-        assert {"rank", "id", "score", "text", "metadata", "layers", "tokens", "bm25_rank"} == result.keys()
+        assert {"rank", "id", "score", "text", "metadata", "layers", "tokens", "bm25_rank", "duplicates"} == result.keys()
         assert math.isfinite(result["score"])
         assert sum(result["layers"].values()) == pytest.approx(result["score"], rel=1e-4)
         largest = max(abs(share) for _, share in result["tokens"])
@@ -404,7 +404,8 @@ def test_opponents_are_the_other_end_of_the_same_ranking(influence: Influence, a
     against = influence("query", asked, PROMPT, COMPLETION, "--json", "-k", 7, "--candidates", 10_000, "--opponents").json
     check_shape(everyone)
     check_shape(against)
-    assert len(everyone["results"]) == everyone["provenance"]["candidates"] == NUM_SEQUENCES
+    with_duplicates = len(everyone["results"]) + sum(len(result["duplicates"]) for result in everyone["results"])
+    assert with_duplicates == everyone["provenance"]["candidates"] == NUM_SEQUENCES
     assert [r["id"] for r in against["results"]] == [r["id"] for r in everyone["results"][::-1][:7]]
 
 
@@ -516,7 +517,7 @@ def test_status_tells_what_a_run_is_made_of(influence: Influence, finished: Path
     assert found["data"]["sequences"] == NUM_SEQUENCES
     assert influence("status", copy).out.splitlines()[0] == f"{copy}: finished"
     shutil.rmtree(copy / "rows" / "part-00002")
-    shutil.rmtree(copy / "recall")
+    shutil.rmtree(copy / "fidelity")
     found = influence("status", copy, "--json").json
     assert found["finished"] is False
     assert found["stages"]["rows"] == {"done": 4, "total": 5}

@@ -169,12 +169,12 @@ def test_methods_are_what_they_are_called(run: Run, asked: Asked) -> None:
     norms = gradient_norms(run.attributed, list(run.store))
     np.testing.assert_allclose(found["gradient-cosine"] * norms, found["gradient-dot"], rtol=1e-4, atol=1e-6)
     result = run.query("Lisbon lies on", " the Tagus.", k=N, exact=True)
-    scores = {sequence.id: sequence.score for sequence in result.sequences}
+    scores = result.scores()
     np.testing.assert_allclose(found["ekfac"][0] / N, [scores[name] for name in run.store.ids], rtol=1e-3, atol=1e-6)
     np.testing.assert_array_equal(found["bm25"][1], run.lexical.scores("Oslo lies on the Aker.", N))
     np.testing.assert_allclose(found["index"], found["ekfac"], rtol=1e-3, atol=1e-6)  # every sequence is a candidate
     refined = run.query("Lisbon lies on", " the Tagus.", k=N, exact=True, refine=SHORT)
-    scores = {sequence.id: sequence.score for sequence in refined.sequences}
+    scores = refined.scores()
     np.testing.assert_allclose(found["refined"][0] / N, [scores[name] for name in run.store.ids], rtol=1e-3, atol=1e-6)
 
 

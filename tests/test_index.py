@@ -10,22 +10,25 @@ from conftest import padded_batch, tiny_model
 
 from ekfac import SequenceBatch, attributable_layers, capture, fit, sequence_gradients, true_label_loss
 from indexing import (
-    FlatIndex,
+    Encoding,
     LayerBuckets,
+    RowFormat,
+    RowIndex,
     RowShards,
     Spreader,
-    all_scores,
-    encode_rows,
     exact_search,
     feature_rows,
     feature_spec,
+    group_duplicates,
     open_rows,
     query_rows,
     recall,
+    row_length_within,
+    row_scores,
     spreaders,
 )
 
-CPU = torch.device("cpu")
+ENCODINGS: tuple[Encoding, ...] = ("float16", "int8", "bit")
 LINEAR = ("*.attn.*", "*.mlp.*")
 
 
@@ -36,49 +39,134 @@ def spread(spreader: Spreader, whitened: torch.Tensor) -> torch.Tensor:
     return target
 
 
-def shards_of(rows: np.ndarray, sizes: list[int]) -> RowShards:
-    return RowShards(shards=tuple(np.split(rows.astype(np.float16), np.cumsum(sizes)[:-1])))
+def shards_of(rows: np.ndarray, sizes: list[int], encoding: Encoding = "float16") -> RowShards:
+    row_format = RowFormat(encoding=encoding, length=rows.shape[1])
+    codes = row_format.encode(torch.from_numpy(rows))
+    return RowShards(format=row_format, shards=tuple(np.split(codes, np.cumsum(sizes)[:-1])))
 
 
 def heavy_tailed_rows(num_rows: int, length: int, seed: int = 0) -> np.ndarray:
+    """With norms that differ tenfold, as those of gradients do."""
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(num_rows, length)) * rng.lognormal(sigma=1.0, size=(num_rows, 1))).astype(np.float16)
+    return (rng.normal(size=(num_rows, length)) * rng.lognormal(sigma=1.0, size=(num_rows, 1))).astype(np.float32)
 
 
-def test_flat_index_equals_blockwise_exact_search() -> None:
-    rows = shards_of(heavy_tailed_rows(500, 64), [200, 1, 299])
-    queries = np.random.default_rng(1).normal(size=(7, 64)).astype(np.float32)
-    found, expected = FlatIndex(rows).search(queries, 20), exact_search(queries, rows, 20)
-    np.testing.assert_array_equal(found.numbers, expected.numbers)
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-4)  # sums of 64 float32 products, in another order
-    dense = queries @ np.concatenate(rows.shards).astype(np.float32).T
+def some_queries(count: int, length: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, length)).astype(np.float32)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("length", [64, 61, 3])
+def test_decoded_rows_are_the_nearest_that_the_encoding_has(encoding: Encoding, length: int) -> None:
+    rows = heavy_tailed_rows(50, length)
+    row_format = RowFormat(encoding=encoding, length=length)
+    codes = row_format.encode(torch.from_numpy(rows))
+    decoded = row_format.decode(codes)
+    assert codes.shape == (50, row_format.bytes_per_row)
+    assert codes.dtype == np.uint8
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    if encoding == "float16":
+        np.testing.assert_allclose(decoded, rows, rtol=2**-11, atol=1e-7)
+    elif encoding == "int8":
+        assert (np.abs(decoded - rows) <= 0.5001 * largest / 127).all()
+    else:
+        expected = np.sign(rows) * (np.square(rows).sum(1) / np.abs(rows).sum(1))[:, None]
+        np.testing.assert_allclose(decoded, expected, rtol=1e-5)
+        np.testing.assert_allclose((decoded * rows).sum(1), np.square(rows).sum(1), rtol=1e-5)  # a query along x has the right product
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_row_of_zeros_stays_without_influence(encoding: Encoding) -> None:
+    row_format = RowFormat(encoding=encoding, length=20)
+    assert np.abs(row_format.decode(row_format.encode(torch.zeros(2, 20)))).max() == 0
+
+
+@pytest.mark.parametrize(("encoding", "size", "length"), [("float16", 1024, 512), ("int8", 1024, 1020), ("bit", 1024, 8160), ("bit", 3, 0)])
+def test_rows_fill_the_bytes_they_may_have(encoding: Encoding, size: int, length: int) -> None:
+    assert row_length_within(encoding, size) == length
+    assert RowFormat(encoding=encoding, length=length).bytes_per_row <= max(size, 4)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("length", [64, 61])
+def test_index_of_few_rows_equals_blockwise_exact_search(encoding: Encoding, length: int) -> None:
+    rows, queries = shards_of(heavy_tailed_rows(500, length), [200, 1, 299], encoding), some_queries(7, length)
+    found, expected = RowIndex(rows).search(queries, 20), exact_search(queries, rows, 20)
+    dense = queries @ np.concatenate([rows.format.decode(shard) for shard in rows.shards]).T
     np.testing.assert_array_equal(expected.numbers, np.argsort(-dense, axis=1, kind="stable")[:, :20])
+    if encoding == "bit":  # FAISS rounds the query to eight bits
+        lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(
+            rows.format.decode(rows.take(found.numbers.ravel())), axis=1
+        ).reshape(7, 20)
+        assert (np.abs(found.scores - np.take_along_axis(dense, found.numbers, axis=1)) < 0.01 * lengths).all()
+        assert recall(found.numbers, expected.numbers) > 0.97
+    else:
+        np.testing.assert_array_equal(found.numbers, expected.numbers)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-4)  # sums of float32 products, in another order
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_sketch_finds_what_whole_rows_would(encoding: Encoding) -> None:
+    length, rng = 6 * 8 * 768 // 4, np.random.default_rng(3)  # more numbers than a sketch keeps
+    queries = some_queries(4, length)
+    strength = np.linspace(0, 0.4, 600)[:, None] * rng.permuted(np.ones((600, 1)))
+    rows = shards_of((strength * queries[np.arange(600) % 4] + rng.normal(size=(600, length))).astype(np.float32), [100, 500], encoding)
+    assert len(rows.format.sketched_numbers(768)) <= 8 * 768 < length
+    index, expected = RowIndex(rows, shortlist=100), exact_search(queries, rows, 10)
+    assert recall(index.search(queries, 10).numbers, expected.numbers) == 1
+    np.testing.assert_allclose(index.search(queries, 10).scores, expected.scores, rtol=0.02)
+
+
+def test_weights_multiply_scores_in_both_stages() -> None:
+    rows, queries = shards_of(heavy_tailed_rows(400, 256), [400], "bit"), some_queries(3, 256)
+    weights = np.random.default_rng(5).lognormal(sigma=2, size=400)
+    dense = queries @ rows.format.decode(rows.shards[0]).T * weights
+    expected = np.argsort(-dense, axis=1)[:, :10]
+    assert recall(RowIndex(rows, weights, shortlist=60).search(queries, 10).numbers, expected) > 0.95
+    assert recall(RowIndex(rows, weights).search(queries, 10).numbers, expected) > 0.95
+
+
+@pytest.mark.parametrize("shortlist", [None, 40])
+def test_only_allowed_rows_are_found(shortlist: int | None) -> None:
+    rows, queries = shards_of(heavy_tailed_rows(300, 64), [100, 200], "int8"), some_queries(3, 64)
+    allowed = np.random.default_rng(6).random(300) < 0.5
+    index = RowIndex(rows, shortlist=shortlist)
+    scores = np.where(allowed, queries @ np.concatenate([rows.format.decode(shard) for shard in rows.shards]).T, -np.inf)
+    found = index.search(queries, 5, allowed)
+    assert allowed[found.numbers].all()
+    assert recall(found.numbers, np.argsort(-scores, axis=1)[:, :5]) > 0.8
+    few = np.zeros(300, dtype=bool)
+    few[[7, 250]] = True
+    numbers = index.search(queries, 5, few).numbers
+    assert [sorted(row) for row in numbers[:, :2].tolist()] == [[7, 250]] * 3
+    assert (numbers[:, 2:] == -1).all()
+    assert (index.search(queries, 5, np.zeros(300, dtype=bool)).numbers == -1).all()
 
 
 def test_opponents_are_found_by_the_negated_query() -> None:
-    rows = shards_of(heavy_tailed_rows(300, 32), [300])
-    query = np.random.default_rng(2).normal(size=(1, 32)).astype(np.float32)
-    np.testing.assert_array_equal(FlatIndex(rows).search(-query, 5).numbers[0], np.argsort(all_scores(query, rows)[0])[:5])
+    rows, query = shards_of(heavy_tailed_rows(300, 32), [300]), some_queries(1, 32, seed=2)
+    scores = row_scores(query, rows, np.arange(300))
+    np.testing.assert_array_equal(RowIndex(rows).search(-query, 5).numbers[0], np.argsort(scores[0])[:5])
 
 
 def test_more_neighbours_than_rows_gives_every_row_once() -> None:
     rows = shards_of(heavy_tailed_rows(5, 8), [5])
-    assert sorted(FlatIndex(rows).search(np.ones((1, 8), dtype=np.float32), 50).numbers[0]) == [0, 1, 2, 3, 4]
+    assert sorted(RowIndex(rows).search(np.ones((1, 8), dtype=np.float32), 50).numbers[0]) == [0, 1, 2, 3, 4]
 
 
-def test_block_size_does_not_change_scores() -> None:
-    rows = shards_of(heavy_tailed_rows(50, 16), [20, 30])
-    places = [first for first, block in rows.blocks(block_bytes=7 * 32) for _ in block]
-    assert len(places) == 50
-    queries = np.ones((1, 16), dtype=np.float32)
-    by_small_blocks = np.concatenate([queries @ block.astype(np.float32).T for _, block in rows.blocks(7 * 32)], axis=1)
-    np.testing.assert_allclose(by_small_blocks, all_scores(queries, rows), rtol=1e-6)
+def test_blocks_and_taken_rows_are_the_table() -> None:
+    rows = shards_of(heavy_tailed_rows(50, 16), [20, 0, 30])
+    table = np.concatenate(rows.shards)
+    np.testing.assert_array_equal(np.concatenate([block for _, block in rows.blocks(block_bytes=7 * 32)]), table)
+    assert [first for first, _ in rows.blocks(block_bytes=7 * 32)] == [0, 7, 14, 20, 27, 34, 41, 48]
+    numbers = np.array([49, 0, 20, 19, 19])
+    np.testing.assert_array_equal(rows.take(numbers), table[numbers])
 
 
 @pytest.mark.parametrize("queries", [np.full((1, 8), np.nan, np.float32), np.ones((1, 9), np.float32), np.ones(8, np.float32)])
 def test_impossible_queries_are_refused(queries: np.ndarray) -> None:
     rows = shards_of(heavy_tailed_rows(5, 8), [5])
-    for search in (FlatIndex(rows).search, lambda queries, k: exact_search(queries, rows, k)):
+    for search in (RowIndex(rows).search, lambda queries, k: exact_search(queries, rows, k)):
         with pytest.raises(ValueError, match="quer"):
             search(queries, 1)
 
@@ -87,24 +175,37 @@ def test_recall_is_the_share_of_the_truth_that_was_found() -> None:
     assert recall([[1, 2, 3], [4]], [[1, 9], [4]]) == 0.75
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_near_duplicates_are_one_result(encoding: Encoding) -> None:
+    rng = np.random.default_rng(7)
+    rows = rng.normal(size=(6, 2000)).astype(np.float32)
+    rows[3] = 2 * rows[0] + 0.1 * rng.normal(size=2000)  # twice as long, in nearly the same direction
+    rows[4] = rows[1] + 0.8 * rng.normal(size=2000)  # a cosine of .78
+    groups = group_duplicates(shards_of(rows, [6], encoding), [5, 0, 1, 3, 4, 2], 4)
+    assert groups == [[0], [1, 3], [2], [4]]
+    assert group_duplicates(shards_of(rows, [6], encoding), [3, 0, 1], 1) == [[0, 1]]
+
+
 def test_rows_on_disk_are_what_was_written(tmp_path: Path) -> None:
-    rows = heavy_tailed_rows(6, 4)
-    np.save(tmp_path / "a.npy", rows[:4])
-    np.save(tmp_path / "b.npy", rows[4:])
-    opened = open_rows([tmp_path / "a.npy", tmp_path / "b.npy"], 4)
+    written = shards_of(heavy_tailed_rows(6, 4), [4, 2])
+    np.save(tmp_path / "a.npy", written.shards[0])
+    np.save(tmp_path / "b.npy", written.shards[1])
+    opened = open_rows([tmp_path / "a.npy", tmp_path / "b.npy"], written.format)
     assert opened.num_rows == 6
-    np.testing.assert_array_equal(np.concatenate(opened.shards), rows)
-    with pytest.raises(ValueError, match="expected float16 rows of 5"):
-        open_rows([tmp_path / "a.npy"], 5)
-    np.save(tmp_path / "c.npy", rows.astype(np.float32))
+    np.testing.assert_array_equal(np.concatenate(opened.shards), np.concatenate(written.shards))
+    with pytest.raises(ValueError, match="expected float16 rows of 10 bytes"):
+        open_rows([tmp_path / "a.npy"], RowFormat(encoding="float16", length=5))
+    np.save(tmp_path / "c.npy", np.zeros((2, 8), dtype=np.float32))
     with pytest.raises(ValueError, match="float32"):
-        open_rows([tmp_path / "c.npy"], 4)
+        open_rows([tmp_path / "c.npy"], written.format)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_rows_that_float16_cannot_hold_are_refused(value: float) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "value"), [("float16", 1e6), *((name, v) for name in ENCODINGS for v in (float("nan"), float("inf")))]
+)
+def test_rows_that_cannot_be_held_are_refused(encoding: Encoding, value: float) -> None:
     with pytest.raises(ValueError, match="row 1"):
-        encode_rows(torch.tensor([[1.0, 2.0], [value, 0.0]]))
+        RowFormat(encoding=encoding, length=2).encode(torch.tensor([[1.0, 2.0], [value, 0.0]]))
 
 
 def test_spreading_keeps_inner_products_without_bias() -> None:
@@ -114,7 +215,7 @@ def test_spreading_keeps_inner_products_without_bias() -> None:
     exact = float((left * right).sum())
     estimates = []
     for seed in range(400):
-        spreader = Spreader(LayerBuckets(name="layer", shape=(6, 10), start=0, width=16), seed, CPU)
+        spreader = Spreader(LayerBuckets(name="layer", shape=(6, 10), start=0, width=16), seed, torch.ones(6, 10))
         estimates.append(float((spread(spreader, left) * spread(spreader, right)).sum()))
     standard_error = np.std(estimates) / np.sqrt(len(estimates))
     assert abs(np.mean(estimates) - exact) < 4 * standard_error
@@ -123,7 +224,7 @@ def test_spreading_keeps_inner_products_without_bias() -> None:
 
 def test_spreading_uses_every_coordinate_once() -> None:
     buckets = LayerBuckets(name="layer", shape=(5, 7), start=0, width=8)
-    spreader = Spreader(buckets, 0, CPU)
+    spreader = Spreader(buckets, 0, torch.ones(5, 7))
     matrix = torch.stack([spread(spreader, torch.eye(35)[n].reshape(1, 5, 7))[0] for n in range(35)])
     assert (matrix.abs().sum(1) == 1).all()
     assert set(matrix.abs().sum(0).tolist()) == {4.0, 5.0}
@@ -131,14 +232,14 @@ def test_spreading_uses_every_coordinate_once() -> None:
 
 def test_layer_with_enough_buckets_is_kept_as_it_is() -> None:
     whitened = torch.randn(3, 5, 7)
-    spreader = Spreader(LayerBuckets(name="layer", shape=(5, 7), start=0, width=35), 0, CPU)
+    spreader = Spreader(LayerBuckets(name="layer", shape=(5, 7), start=0, width=35), 0, torch.ones(5, 7))
     assert torch.equal(spread(spreader, whitened), whitened.reshape(3, -1))
 
 
 @pytest.mark.parametrize("width", [8, 35])
 def test_rows_of_a_layer_may_be_spread_some_at_a_time(width: int) -> None:
     whitened = torch.randn(3, 5, 7)
-    spreader = Spreader(LayerBuckets(name="layer", shape=(5, 7), start=2, width=width), 0, CPU)
+    spreader = Spreader(LayerBuckets(name="layer", shape=(5, 7), start=2, width=width), 0, torch.ones(5, 7))
     target, expected = torch.zeros((3, 2 + width)), torch.zeros((3, 2 + width))
     spreader.add(expected, slice(None), whitened)
     for rows in (torch.tensor([0, 3]), torch.tensor([1, 2, 4])):
@@ -147,15 +248,22 @@ def test_rows_of_a_layer_may_be_spread_some_at_a_time(width: int) -> None:
     assert target[:, :2].abs().max() == 0
 
 
+def test_signs_are_shrunk_by_their_weights() -> None:
+    buckets, weights = LayerBuckets(name="layer", shape=(5, 7), start=0, width=8), torch.rand(5, 7)
+    shrunk, plain = Spreader(buckets, 0, weights), Spreader(buckets, 0, torch.ones(5, 7))
+    whitened = torch.randn(3, 5, 7)
+    torch.testing.assert_close(spread(shrunk, whitened), spread(plain, whitened * weights))
+
+
 def test_signs_stay_what_they_are() -> None:
     # An index is searched by later versions: where its coordinates went must never change.
-    spreader = Spreader(LayerBuckets(name="layer", shape=(2, 3), start=0, width=2), 5, CPU)
+    spreader = Spreader(LayerBuckets(name="layer", shape=(2, 3), start=0, width=2), 5, torch.ones(2, 3))
     assert spreader.buckets.tolist() == [[0, 1, 0], [1, 1, 0]]
     assert spreader.signs.tolist() == [[-1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
 
 
 @pytest.mark.parametrize("row_length", [8, 57, 300, 10**6])
-def test_buckets_are_shared_by_effective_dimension_within_what_layers_have(row_length: int) -> None:
+def test_buckets_are_shared_by_weight_within_what_layers_have(row_length: int) -> None:
     layers = attributable_layers(tiny_model("gpt2"), lambda m: m(input_ids=torch.ones((1, 2), dtype=torch.int64)), LINEAR).layers
     dimensions = {layer.name: 10.0 if ".0." in layer.name else 1.0 for layer in layers}
     spec = feature_spec(layers, dimensions, row_length, seed=0)
@@ -177,8 +285,8 @@ def test_more_layers_than_buckets_is_refused() -> None:
 def test_rows_without_spreading_give_exact_damped_influence(architecture: str) -> None:
     model, batch = tiny_model(architecture), padded_batch(lengths=(7, 4, 5, 7))
     factors, coverage = fit(model, [batch])
-    spec = feature_spec(coverage.layers, {name: f.effective_dimension() for name, f in factors.items()}, 10**9, seed=0)
-    signs = spreaders(spec, CPU)
+    spec = feature_spec(coverage.layers, {name: f.row_weight() for name, f in factors.items()}, 10**9, seed=0)
+    signs = spreaders(spec, factors)
     rows, self_influence = feature_rows(model, coverage.layers, factors, spec, signs, true_label_loss, batch)
     gradients: dict[str, torch.Tensor] = {}
     capture(
@@ -198,8 +306,8 @@ def test_rows_without_spreading_give_exact_damped_influence(architecture: str) -
 def test_rows_do_not_depend_on_batching() -> None:
     model, batch = tiny_model("llama"), padded_batch(lengths=(7, 4, 5, 7))
     factors, coverage = fit(model, [batch])
-    spec = feature_spec(coverage.layers, {name: f.effective_dimension() for name, f in factors.items()}, 100, seed=0)
-    signs = spreaders(spec, CPU)
+    spec = feature_spec(coverage.layers, {name: f.row_weight() for name, f in factors.items()}, 100, seed=0)
+    signs = spreaders(spec, factors)
     whole, _ = feature_rows(model, coverage.layers, factors, spec, signs, true_label_loss, batch)
     for n in range(4):
         length = int(batch.counted[n].nonzero().max()) + 1
@@ -211,10 +319,10 @@ def test_rows_do_not_depend_on_batching() -> None:
 def test_layers_left_out_of_a_query_do_not_count() -> None:
     model, batch = tiny_model("gpt2"), padded_batch()
     factors, coverage = fit(model, [batch])
-    spec = feature_spec(coverage.layers, {name: f.effective_dimension() for name, f in factors.items()}, 200, seed=0)
+    spec = feature_spec(coverage.layers, {name: f.row_weight() for name, f in factors.items()}, 200, seed=0)
     name = coverage.layers[2].name
     gradients = {name: torch.randn(1, *coverage.layers[2].shape, dtype=torch.float64)}
-    row = query_rows(gradients, factors, spec, spreaders(spec, CPU))[0]
+    row = query_rows(gradients, factors, spec, spreaders(spec, factors))[0]
     place = next(place for place in spec.layers if place.name == name)
     inside = np.zeros(spec.row_length, dtype=bool)
     inside[place.start : place.start + place.width] = True
@@ -223,7 +331,6 @@ def test_layers_left_out_of_a_query_do_not_count() -> None:
 
 
 @pytest.mark.skipif(faiss.get_num_gpus() == 0, reason="FAISS sees no GPU")
-def test_gpu_index_equals_exact_search() -> None:
-    rows = shards_of(heavy_tailed_rows(500, 64), [500])
-    queries = np.random.default_rng(1).normal(size=(7, 64)).astype(np.float32)
-    assert recall(FlatIndex(rows).search(queries, 10).numbers, exact_search(queries, rows, 10).numbers) > 0.98
+def test_gpu_sketch_finds_what_whole_rows_would() -> None:
+    rows, queries = shards_of(heavy_tailed_rows(500, 64), [500]), some_queries(7, 64)
+    assert recall(RowIndex(rows, shortlist=200).search(queries, 10).numbers, exact_search(queries, rows, 10).numbers) > 0.98

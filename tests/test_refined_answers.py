@@ -71,7 +71,7 @@ def test_refined_scores_equal_a_dense_solution(which: str, request: pytest.Fixtu
     assert isinstance(damping, torch.Tensor) == (which == "trained")
     expected = dense_scores(run, torch.as_tensor(damping).expand(shape))
     result = run.query(*QUERY, k=len(run.store), exact=True, layers=(LAYER,), refine=EXACTLY)
-    found = {sequence.id: sequence.score for sequence in result.sequences}
+    found = result.scores()
     # The model and the conjugate gradients compute in float32.
     np.testing.assert_allclose([found[name] for name in run.store.ids], expected, rtol=1e-2, atol=1e-3 * np.abs(expected).max())
     assert result.provenance["method"] == "refined"

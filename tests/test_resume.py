@@ -259,7 +259,7 @@ def test_settings_may_change_until_something_was_made_with_them(world: World, fi
     other.data.write_text(whole)
     with pytest.raises(RequestError, match=r"no attributable layer matches 'nothing'"):
         run_pipeline(other.settings(tmp_path / "run", factors={"layers": ["nothing"]}))
-    with pytest.raises(RequestError, match=r"index\.bytes_per_sequence is 2, but 15 layers need at least 30"):
+    with pytest.raises(RequestError, match=r"index\.bytes_per_sequence is 2, which in bit is 0 numbers, fewer than the 15 layers"):
         run_pipeline(other.settings(tmp_path / "run", index={"bytes_per_sequence": 2}))
     with pytest.raises(RequestError, match=r"was made with settings\.data\.sequence_length = 32"):
         run_pipeline(other.settings(tmp_path / "run", data={"sequence_length": 16}))
@@ -272,8 +272,8 @@ def test_settings_may_change_until_something_was_made_with_them(world: World, fi
     [
         ('{"format": 99}', "has run-directory format 99, this version reads format"),
         ("[]", "has run-directory format None"),
-        ('{"format": 2}', "run.json is damaged: it has no settings"),
-        ('{"format": 2, "sett', "run.json is damaged: it is not JSON"),
+        ('{"format": 3}', "run.json is damaged: it has no settings"),
+        ('{"format": 3, "sett', "run.json is damaged: it is not JSON"),
     ],
 )
 def test_run_directory_of_another_format_is_refused(text: str, message: str, world: World, copy: Path) -> None:

@@ -20,6 +20,7 @@ from ekfac import Layer
 from influence import QueryOptions, Run, open_run
 from influence.config import Config, load_config
 from influence.errors import RequestError
+from influence.fidelity import Fidelity
 from influence.sequences import TrainingSequence
 from jobs.driver import run_all
 from jobs.executors import OnRay, ray_cluster
@@ -71,7 +72,9 @@ def test_answer_equals_dense_computation_from_autograd(run: Run) -> None:
     expected = dense_scores(run, measurement.parts[0][1])
     result = run.answer([measurement], QueryOptions(k=len(run.store), candidates=len(run.store)))[0]
     numbers = [run.store.ids.index(sequence.id) for sequence in result.sequences]
-    assert sorted(numbers) == list(range(len(run.store)))
+    assert sorted(result.scores()) == sorted(run.store.ids)  # with the near-duplicates that are shown with another
+    for name, score in result.scores().items():
+        assert score == pytest.approx(expected[run.store.ids.index(name)].sum(), rel=2e-3, abs=1e-4 * np.abs(expected).sum(1).max())
     scale = np.abs(expected).sum(1).max()  # the model runs in float32: sums over 1e5 products, some of which cancel
     for sequence, number in zip(result.sequences, numbers, strict=True):
         np.testing.assert_allclose(list(sequence.layers.values()), expected[number], rtol=2e-3, atol=2e-5 * scale)
@@ -89,7 +92,7 @@ def test_share_of_a_token_belongs_to_the_position_at_which_it_is_the_input(run: 
 
 def test_normalized_scores_are_scores_over_root_self_influence(run: Run) -> None:
     everything = len(run.store)
-    plain = {s.id: s.score for s in run.query(*QUERY, k=everything, candidates=everything).sequences}
+    plain = run.query(*QUERY, k=everything, candidates=everything).scores()
     result = run.query(*QUERY, k=everything, candidates=everything, normalize=True)
     assert result.unit == "√nats"
     for sequence in result.sequences:
@@ -119,7 +122,7 @@ def test_log_probability_is_the_models(run: Run) -> None:
 
 def all_scores(run: Run) -> dict[str, float]:
     result = run.query(*QUERY, k=len(run.store), exact=True)
-    return {sequence.id: sequence.score for sequence in result.sequences}
+    return result.scores()
 
 
 def assert_same_scores(left: dict[str, float], right: dict[str, float]) -> None:
@@ -151,11 +154,15 @@ def test_sequences_to_fit_on_do_not_depend_on_shards(world: World, tmp_path: Pat
     assert chosen[0] == chosen[1]
 
 
-def test_measured_recall_is_that_of_the_index(run: Run) -> None:
-    measured = run.measured_recall
-    assert measured["queries"] == 4
-    assert measured["recall_at_10"] == 1.0  # fewer sequences than candidates
-    assert 0 <= measured["recall_at_10_without_rerank"] <= 1
+def test_measured_fidelity_is_kept_with_the_index(run: Run) -> None:
+    measured = run.fidelity
+    assert measured is not None
+    assert measured.num_queries == 4
+    for end in measured.ends.values():
+        assert 0 < end.ndcg_at_20 <= 1
+        shares = list(end.recall[10].values())
+        assert shares == sorted(shares)
+    assert Fidelity.from_json(json.loads(json.dumps(measured.to_json()))) == measured
 
 
 def test_absolute_damping_is_what_was_asked_for(world: World, tmp_path: Path) -> None:

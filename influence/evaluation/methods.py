@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from indexing import query_rows
-from influence.answering import QueryOptions, check_alike, in_groups, solved
+from indexing import query_rows, row_scores
+from influence.answering import QueryOptions, check_alike, in_groups, num_candidates, solved
 from influence.attribution import gradient_norms, query_gradients, score_sequences
 from influence.errors import RequestError
 from influence.measurement import Measurement
@@ -27,7 +27,7 @@ def scores_by(
 ) -> NDArray[np.float64]:
     """[Q, N]: positive where training on the sequence is said to raise the measurement; up to a positive factor of each query.
 
-    `index` is what a query gets: exact scores of the index's candidates at both ends, nothing of the others. Scores are averaged over the runs,
+    `index` is what a query gets: exact scores of the index's candidates at both ends, its estimates of the others. Scores are averaged over the runs,
     but for those of `bm25`, which knows texts only.
     """
     check_method(method)
@@ -60,9 +60,10 @@ def _gradient_scores(
 
 def _through_the_index(run: Run, vectors: dict[str, Tensor]) -> NDArray[np.float64]:
     rows = query_rows(vectors, run.factors, run.features, run.signs)
-    scores = np.zeros((len(rows), len(run.store)))
+    scores = row_scores(rows, run.rows, np.arange(len(run.store))).astype(np.float64)
     for sign in (1.0, -1.0):
-        for query, numbers in enumerate(run.index.search(np.float32(sign) * rows, QueryOptions().candidates).numbers):
+        count = num_candidates(run, QueryOptions(), sign < 0)
+        for query, numbers in enumerate(run.index.search(np.float32(sign) * rows, count).numbers):
             one = {name: vector[query] for name, vector in vectors.items()}
             scores[query, numbers] = score_sequences(run.attributed, one, [run.store[int(number)] for number in numbers]).totals
     return scores

@@ -146,6 +146,10 @@ def _sequence(
     here = _claim(spelling.anchor(query_anchor, name), taken)
     label = str(result.get("rank", place))
     bm25 = result.get("bm25_rank")
+    metadata = dict(result.get("metadata") or {})
+    if duplicates := result.get("duplicates"):
+        label = f"{len(duplicates)} near-duplicate{'s' if len(duplicates) > 1 else ''}, not shown"
+        metadata[label] = ", ".join(str(duplicate["id"]) for duplicate in duplicates)
     page = {
         "rank": label,
         "name": spelling.shown(name),
@@ -158,7 +162,7 @@ def _sequence(
                 spelling.shown(str(key)),
                 spelling.shown("none" if value is None else str(value) if isinstance(value, int) else words.plain(value)),
             )
-            for key, value in (result.get("metadata") or {}).items()
+            for key, value in metadata.items()
         ],
         "runs": _by_run(result.get("runs") or {}, where),
         "bm25": "" if not lexical else "not found by BM25" if bm25 is None else f"BM25 rank {bm25:,}",
@@ -275,7 +279,7 @@ def _coverage(coverage: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _fact(key: str, value: Any) -> str:
     if key == "seconds" and isinstance(value, int | float):
         return f"{words.plain(value)} s"
-    if value is None and key.startswith("recall"):
+    if value is None and key.startswith(("recall", "ndcg")):
         return "not measured"
     return spelling.shown(words.plain(value))
 

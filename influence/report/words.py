@@ -148,5 +148,7 @@ def _recall(provenance: Mapping[str, Any]) -> str:
         return "None can have been missed by the index."
     recall = provenance.get("recall_at_10")
     if isinstance(recall, int | float):
-        return f"In a check against scoring every sequence, {percent(recall)} of the true ten best were among those found (recall at 10)."
+        close = provenance.get("ndcg_at_20")
+        measured = f"; the order by the index alone has an NDCG of {close:.3f} at 20" if isinstance(close, int | float) else ""
+        return f"In a check against scoring every sequence, {percent(recall)} of the true ten best were among those found (recall at 10){measured}."
     return "The recall of the index was not measured: a sequence that belongs here may be missing."

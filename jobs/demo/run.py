@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from indexing import FlatIndex, query_rows
-from influence.answering import QueryOptions
+from indexing import query_rows
+from influence.answering import QueryOptions, num_candidates
 from influence.attribution import gradient_norms, precondition, query_gradients
 from influence.config import Config, load_config
 from influence.errors import RequestError
@@ -126,7 +126,6 @@ def demo_config(out: Path, workers: int) -> Config:
             "data.files": str(out / "demo" / "train.jsonl"),
             "data.metadata": ["source"],
             # The facts' sequences are short: their influence is small beside the noise that long ones make in narrow rows.
-            "index.bytes_per_sequence": 64 * 1024,
             "data.sequence_length": TrainingSettings().sequence_length,
             "run.dir": str(out),
             "resources.workers": workers,
@@ -169,7 +168,7 @@ def keep_lines(path: Path, items: Sequence[dict[str, Any]]) -> None:
 def measured(run: Run, asked: Sequence[Question]) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, Any]]:
     """Where the stating sequences rank, by kind of question and method, and facts about the model. Kept in `demo/measured.json`."""
     path = run.directory.path / "demo" / "measured.json"
-    made_from = digest([run.fingerprints["recall"], [[q.id, q.prompt, q.completion] for q in asked], list(METHODS)])
+    made_from = digest([run.fingerprints["fidelity"], [[q.id, q.prompt, q.completion] for q in asked], list(METHODS)])
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["made_from"] == made_from:
@@ -203,9 +202,9 @@ def scores_by_method(run: Run, asked: Sequence[Question]) -> tuple[dict[str, NDA
     rows = query_rows(precondition(found.gradients, run.factors), run.factors, run.features, run.signs)
     lexical = np.stack([run.lexical.scores(question.prompt + question.completion, len(run.store)) for question in asked])
     scores = {
-        "normalized": answered(run.normalized_index, rows, exact * run.normalizing_weights),
+        "normalized": answered(run, True, rows, exact * run.normalizing_weights),
         "normalized_exact": exact * run.normalizing_weights,
-        "ekfac": answered(run.index, rows, exact),
+        "ekfac": answered(run, False, rows, exact),
         "exact": exact,
         "cosine": dots / norms,
         "bm25": lexical,
@@ -213,11 +212,12 @@ def scores_by_method(run: Run, asked: Sequence[Question]) -> tuple[dict[str, NDA
     return scores, np.array([sum(part.sum() for part in parts) for parts in found.log_probabilities])
 
 
-def answered(index: FlatIndex, rows: NDArray[np.float32], exact: NDArray[np.float64]) -> NDArray[np.float64]:
+def answered(run: Run, normalized: bool, rows: NDArray[np.float32], exact: NDArray[np.float64]) -> NDArray[np.float64]:
     """What answers say of the exact scores: those of the candidates on either side; nothing, zero, of the sequences between them."""
     known = np.zeros_like(exact)
-    for side in (rows, -rows):
-        candidates = index.search(side, QueryOptions().candidates).numbers
+    index = run.normalized_index if normalized else run.index
+    for opponents, side in ((False, rows), (True, -rows)):
+        candidates = index.search(side, num_candidates(run, QueryOptions(normalize=normalized), opponents)).numbers
         np.put_along_axis(known, candidates, np.take_along_axis(exact, candidates, axis=1), axis=1)
     return known
 

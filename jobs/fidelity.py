@@ -1,0 +1,95 @@
+"""The fidelity of indexes to exact EK-FAC: what was measured, as JSON and table.
+
+Knows runs, queries and rankings; knows nothing of options.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from influence.evaluation.fidelity import RankingFidelity, ranking_fidelities
+from influence.run import Run
+from influence.run_directory import write_json
+from jobs.answers import Asked
+from jobs.progress import bar
+from jobs.stages import sample_queries
+
+SHOWN_DEPTHS = (50, 100, 200, 400)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelityOutcome:
+    """What `influence evaluate RUN fidelity` measured."""
+
+    run: Run
+    rankings: tuple[RankingFidelity, ...]
+    num_queries: int
+    held_out: bool
+    num_sequences: int
+    seconds: float
+    path: Path
+
+    def to_json(self) -> dict[str, Any]:
+        made_from = self.run.description["fingerprints"]
+        return {
+            "metric": "fidelity",
+            "run": str(self.run.directory),
+            "rankings": [ranking.to_json() for ranking in self.rankings],
+            "num_queries": self.num_queries,
+            "queries_are": "held out" if self.held_out else "halves of training sequences",
+            "num_sequences": self.num_sequences,
+            "seconds": round(self.seconds, 3),
+            "provenance": {
+                **{name: made_from[name] for name in ("model", "tokenizer", "data")},
+                "factors": self.run.fingerprints["factors"],
+                "damping": self.run.description["settings"]["factors"]["damping"],
+            },
+        }
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.to_json())
+
+    def print(self, console: Console) -> None:
+        table = Table("ranking", "bytes", "NDCG@20", *(f"in {depth}" for depth in SHOWN_DEPTHS), "Spearman", "opponents'")
+        for ranking in self.rankings:
+            shares = [_share(ranking.proponents.recall_at(10, depth)) for depth in SHOWN_DEPTHS]
+            size = "" if ranking.bytes_per_sequence is None else f"{ranking.bytes_per_sequence:,}"
+            opponents = "" if ranking.name == "BM25" else f"{ranking.opponents.ndcg_at_20:.3f}"
+            table.add_row(ranking.name, size, f"{ranking.proponents.ndcg_at_20:.3f}", *shares, _share(ranking.spearman), opponents)
+        console.print(table)
+        console.print("NDCG@20, and that of opponents; in N: the share of the exact top 10 among the first N; before any rerank")
+        console.print(
+            f"against exact EK-FAC: {self.num_queries} queries, {self.num_sequences:,} of {len(self.run.store):,} sequences, "
+            f"{self.seconds:.0f} s"
+        )
+        console.print(f"written: {self.path}")
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def measure_fidelity(run: Run, asked: Asked | None, num_sequences: int, directory: Path) -> FidelityOutcome:
+    """With queries of the user's, or with halves of training sequences; over as many sequences, chosen by hash of their ids."""
+    start = time.perf_counter()
+    numbers = np.sort(run.hash_order(run.index_config.seed)[:num_sequences])
+    queries: Sequence[Any] = [(None, measurement) for _, measurement in asked] if asked else sample_queries(run)
+    own = [number for number, _ in queries]
+    with bar("rows of every size") as progress:
+        found = ranking_fidelities(run, [measurement for _, measurement in queries], numbers, own, progress.advance)
+    return FidelityOutcome(
+        run=run,
+        rankings=tuple(found),
+        num_queries=len(queries),
+        held_out=asked is not None,
+        num_sequences=len(numbers),
+        seconds=time.perf_counter() - start,
+        path=directory / "fidelity.json",
+    )
