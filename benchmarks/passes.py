@@ -30,7 +30,7 @@ from ekfac import (
     reached_positions,
     true_label_loss,
 )
-from indexing import encode_rows, feature_rows, feature_spec, spreaders
+from indexing import RowFormat, feature_rows, feature_spec, row_length_within, spreaders
 from influence.attribution import AttributedModel, precondition, query_gradients, scan, score_sequences
 from influence.batches import batch_budget, collate, in_batches
 from influence.measurement import Measurement
@@ -108,9 +108,10 @@ class Passes:
         self.vectors = {name: basis.vectors.float() for name, basis in self.bases.items()}
         sums = eigenvalue_pass(model, self.layers, self.vectors, self.batches, self.loss, reached_positions)
         self.factors = assemble(self.layers, self.bases, sums, Damping(value=0.1))
-        dimensions = {name: factor.effective_dimension() for name, factor in self.factors.items()}
-        self.spec = feature_spec(self.layers, dimensions, 4096, seed=0)
-        self.signs = spreaders(self.spec, device)
+        weights = {name: factor.row_weight() for name, factor in self.factors.items()}
+        self.spec = feature_spec(self.layers, weights, row_length_within("bit", 8192), seed=0)
+        self.format = RowFormat(encoding="bit", length=self.spec.row_length)
+        self.signs = spreaders(self.spec, self.factors)
         self.damping = {name: factor.damping for name, factor in self.factors.items()}
         self.queries = self.preconditioned(16)
 
@@ -153,7 +154,7 @@ class Passes:
     def rows(self) -> None:
         for batch in self.batches:
             rows, _ = feature_rows(self.model, self.layers, self.factors, self.spec, self.signs, true_label_loss, batch)
-            encode_rows(rows)
+            self.format.encode(rows)
 
     def preconditioned(self, count: int) -> dict[str, torch.Tensor]:
         asked = [Measurement(prompt="", completion="", contrast=None, parts=((1.0, s),)) for s in self.sequences[:count]]

@@ -32,13 +32,13 @@ class RowIndex:
     """Search over every row, times its weight in `weights` [N] if given.
 
     Building costs one pass over the rows and holds at most 776 bytes a row (12 KiB on a GPU). A search reads `shortlist` whole rows from disk, by
-    default one in a hundred but at least 4,000; an index of no more rows than that has no sketch and all its rows are compared.
+    default one in two hundred but at least 4,000; an index of no more rows than that has no sketch and all its rows are compared.
     """
 
     def __init__(self, rows: RowShards, weights: NDArray[np.float64] | None = None, shortlist: int | None = None) -> None:
         self.rows = rows
         self.weights = None if weights is None else weights.astype(np.float32)
-        self.shortlist = shortlist or max(4000, rows.num_rows // 100)
+        self.shortlist = shortlist or max(4000, rows.num_rows // 200)
         self._sketch: _Sketch | _GpuSketch | None = None
         if rows.num_rows > self.shortlist:
             self._sketch = (_GpuSketch if _faiss().get_num_gpus() > 0 else _Sketch)(rows, self.weights)

@@ -18,6 +18,7 @@ from indexing import best, group_duplicates, query_rows, row_scores
 from influence.attribution import AttributedModel, SequenceScores, mean_scores, precondition, query_gradients, score_sequences
 from influence.errors import RequestError
 from influence.lexical import ranks
+from influence.living import Living
 from influence.measurement import Measurement
 from influence.refinement import RefineOptions, refine, summary
 from influence.result import InfluenceResult, RankedSequence
@@ -88,6 +89,17 @@ def _answers(
     return [results for group in groups for results in _answers_of_group(runs, group, options, signs, progress)]
 
 
+def _allowed(runs: Sequence["Run"], where: str | None) -> NDArray[np.bool_] | None:
+    """[N]: which sequences may be found, having been removed from none of the runs; None when all may. Raises RequestError when none may."""
+    masks = [mask for mask in (run.allowed(where) for run in runs) if mask is not None]
+    if not masks:
+        return None
+    allowed: NDArray[np.bool_] = np.logical_and.reduce(masks)
+    if not allowed.any():
+        raise RequestError(f"no sequence fulfils the condition {where}" if where else "every sequence was removed from one of the runs")
+    return allowed
+
+
 def in_groups(measurements: Sequence[Measurement], run: "Run", refine: RefineOptions | None) -> list[Sequence[Measurement]]:
     """The measurements, as many at a time as have vectors that fit into a quarter of the memory budget."""
     numbers_per_vector = sum(layer.shape[0] * layer.shape[1] for layer in run.coverage.layers)
@@ -133,12 +145,19 @@ class _Asked:
     rows: NDArray[np.float32] | None  # [Q, D]; none where everything is scanned
     known: NDArray[np.int64]  # [M]: the sequences whose scores are known before the rerank: all that may be found, or a sample of them
     estimates: NDArray[np.float64]  # [Q, M]: those scores: exact ones, or the index's
+    allowed: NDArray[np.bool_] | None  # [N]: which sequences may be found; None when all
 
-    def candidates(self, sign: float, count: int, options: QueryOptions, allowed: NDArray[np.bool_] | None) -> list[NDArray[np.int64]]:
-        """For each query, the numbers of up to `count` sequences by the index, best first."""
+    @property
+    def searched(self) -> int:
+        """How many sequences may be found."""
+        return len(self.run.store) if self.allowed is None else int(self.allowed.sum())
+
+    def candidates(self, opponents: bool, options: QueryOptions) -> list[NDArray[np.int64]]:
+        """For each query, the numbers of the sequences that the index finds for the rerank, best first."""
         assert self.rows is not None
         index = self.run.normalized_index if options.normalize else self.run.index
-        return [row[row >= 0] for row in index.search(np.float32(sign) * self.rows, count, allowed).numbers]
+        rows = -self.rows if opponents else self.rows
+        return [row[row >= 0] for row in index.search(rows, num_candidates(self.run, options, opponents), self.allowed).numbers]
 
     def scores(self, place: int, numbers: Sequence[int]) -> SequenceScores:
         """Exact scores of these sequences for one query."""
@@ -169,6 +188,7 @@ def _asked(
         weights=weights,
         rows=rows,
         known=known,
+        allowed=allowed,
         estimates=estimates * weights[known],
     )
 
@@ -181,7 +201,8 @@ def solved(
         return precondition(gradients, run.factors), None
     if run.model_config.dtype in ("bfloat16", "float16"):
         raise RequestError(f"refinement needs a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}")
-    sequences = [run.store[int(number)] for number in np.sort(run.hash_order(run.factors_config.seed)[: options.sequences])]
+    order = run.hash_order(run.factors_config.seed)
+    sequences = [run.training[int(number)] for number in np.sort(order[run.live[order]][: options.sequences])]
     share = options.training_share if run.optimizer_state else 1.0
     damping = {layer.name: run.refining_damping[layer.name] / share for layer in attributed.layers}
     solution = refine(attributed, gradients, run.factors, damping, sequences, options, progress)
@@ -203,8 +224,7 @@ def _answers_of_group(
     runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, signs: Sequence[float], progress: Progress
 ) -> list[list[InfluenceResult]]:
     start = time.perf_counter()
-    allowed = runs[0].allowed(options.where)
-    searched = len(runs[0].store) if allowed is None else int(allowed.sum())
+    allowed = _allowed(runs, options.where)
     asked = [_asked(run, measurements, options, allowed, progress) for run in runs]
     estimates = np.mean([one.estimates for one in asked], axis=0)
     chosen = {}
@@ -212,7 +232,7 @@ def _answers_of_group(
         if options.exact:
             chosen[sign] = [list(asked[0].known[best(sign * estimates, options.k + MORE_THAN_SHOWN).numbers])]
         else:
-            chosen[sign] = [one.candidates(sign, num_candidates(one.run, options, sign < 0), options, allowed) for one in asked]
+            chosen[sign] = [one.candidates(sign < 0, options) for one in asked]
     shared = (time.perf_counter() - start) / len(measurements) / len(signs)
     answers = []
     for place, measurement in enumerate(measurements):
@@ -224,9 +244,9 @@ def _answers_of_group(
             scores = mean_scores(by_run)
             order = np.argsort(-sign * scores.totals, kind="stable")
             groups = group_duplicates(asked[0].run.rows, [numbers[place] for place in order], options.k)
-            ranking = _Ranking(numbers=numbers, scores=scores, by_run=by_run, order=order, groups=groups)
+            ranking = _Ranking(numbers=numbers, scores=scores, by_run=by_run, order=order, groups=groups, opponents=sign < 0)
             seconds = shared + time.perf_counter() - began
-            results.append(_result(asked, place, measurement, options, ranking, estimates[place], searched, sign < 0, seconds))
+            results.append(_result(asked, place, measurement, options, ranking, estimates[place], seconds))
         answers.append(results)
     return answers
 
@@ -240,6 +260,7 @@ class _Ranking:
     by_run: list[SequenceScores]
     order: NDArray[np.int64]  # places in `numbers`, best first
     groups: list[list[int]]  # places in `order`: what is shown as one result
+    opponents: bool
 
 
 def _result(
@@ -249,32 +270,49 @@ def _result(
     options: QueryOptions,
     ranking: _Ranking,
     estimates: NDArray[np.float64],
-    searched: int,
-    opponents: bool,
     seconds: float,
 ) -> InfluenceResult:
     first = asked[0].run
     query = _query_facts(asked, place, measurement)
     identity: list[Any] = [{**query, "token_log_probabilities": None, "log_probability": None}, _plain(options)]
     identity += [one.run.optimizer_digest for one in asked if options.refine]
-    distribution = _distribution(estimates / len(first.store)) | {
-        "estimated_from": "exact scan" if options.exact else "index rows" if len(estimates) == searched else "index rows of a sample"
+    identity += [one.run.directory.living.to_json() for one in asked if one.run.directory.living != Living()]
+    lexical = first.lexical.scores(f"{measurement.prompt}{measurement.completion}", len(first.store)) if options.bm25 else None
+    sequences = tuple(_ranked(asked, lexical, ranking))
+    distribution = _distribution(estimates / len(first.training)) | {
+        "estimated_from": "exact scan"
+        if options.exact
+        else "index rows"
+        if len(estimates) == asked[0].searched
+        else "index rows of a sample"
     }
     return InfluenceResult(
         id=digest([*identity, *(one.run.fingerprints["rows"] for one in asked)])[7:23],
         unit="√nats" if options.normalize else "nats",
         query=query,
-        sequences=tuple(_ranked(asked, measurement, options, ranking)),
+        sequences=sequences,
         coverage=_coverage(asked[0]),
-        provenance=_provenance(asked, place, measurement, options, len(ranking.numbers), searched, opponents, seconds),
+        provenance=_provenance(asked, place, measurement, options, ranking, seconds),
         distribution=distribution,
+        lexical=None if lexical is None else _lexical_facts(asked[0], lexical, sequences, options.k),
     )
 
 
-def _ranked(asked: list[_Asked], measurement: Measurement, options: QueryOptions, ranking: _Ranking) -> list[RankedSequence]:
+def _lexical_facts(asked: _Asked, scores: NDArray[np.float64], shown: Sequence[RankedSequence], k: int) -> dict[str, Any]:
+    """What lexical search would have answered, and how many of its results are among those of influence."""
+    run = asked.run
+    order = best(np.where(True if asked.allowed is None else asked.allowed, scores, 0)[None], k).numbers[0]
+    found = [(run.store[int(number)], float(scores[number])) for number in order if scores[number] > 0]
+    ids = {name for sequence in shown for name in (sequence.id, *(other for other, _ in sequence.duplicates))}
+    return {
+        "overlap": sum(sequence.id in ids for sequence, _ in found),
+        "results": [{"id": sequence.id, "score": score, "text": sequence.text} for sequence, score in found],
+    }
+
+
+def _ranked(asked: list[_Asked], lexical: NDArray[np.float64] | None, ranking: _Ranking) -> list[RankedSequence]:
     run, layers = asked[0].run, asked[0].attributed.layers
-    total = len(run.store)
-    lexical = run.lexical.scores(f"{measurement.prompt}{measurement.completion}", total) if options.bm25 else None
+    total = len(run.training)
     places = ranks(lexical, ranking.numbers) if lexical is not None else [None] * len(ranking.numbers)
     ranked = []
     for rank, group in enumerate(ranking.groups, 1):
@@ -335,9 +373,7 @@ def _provenance(
     place: int,
     measurement: Measurement,
     options: QueryOptions,
-    num_reranked: int,
-    searched: int,
-    opponents: bool,
+    ranking: _Ranking,
     seconds: float,
 ) -> dict[str, Any]:
     run, solution = asked[0].run, asked[0].solution
@@ -352,10 +388,10 @@ def _provenance(
         "method": "ekfac",
         "damping": 0.1 if damping == "optimizer" else damping,
         "normalized": options.normalize,
-        "searched": searched,
-        "candidates": searched if options.exact else num_reranked,
+        "searched": asked[0].searched,
+        "candidates": asked[0].searched if options.exact else len(ranking.numbers),
         "reranked": "exact",
-        **_quality(asked, measurement, options, opponents),
+        **_quality(asked, measurement, options, ranking.opponents),
         "seconds": round(seconds, 4),
     }
     if len(asked) > 1:
@@ -364,7 +400,7 @@ def _provenance(
             for one in asked
         ]
     if options.refine and solution:
-        used = min(options.refine.sequences, len(run.store))
+        used = min(options.refine.sequences, int(run.live[: len(run.training)].sum()))
         facts["method"] = "refined"
         facts["refinement"] = summary(solution, place) | {
             "sequences": used,

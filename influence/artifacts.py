@@ -36,6 +36,11 @@ def stage_fingerprints(description: Mapping[str, Any]) -> dict[str, str]:
     return prints
 
 
+def appended_fingerprint(prints: Mapping[str, str], data: str) -> str:
+    """What units of sequences and rows that were appended later must carry; `data` is the fingerprint of the files they came from."""
+    return digest(["appended", prints["sequences"], prints["rows"], data])
+
+
 def write_layers(directory: Path, coverage: Coverage) -> None:
     content = {**asdict(coverage), "layers": [asdict(layer) for layer in coverage.layers]}
     (directory / "layers.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

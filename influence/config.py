@@ -241,12 +241,13 @@ def _with_resolved_paths(config: Config) -> Config:
     model = config.model
     if Path(model.name).is_dir() or model.name.startswith((".", "~")):
         model = model.model_copy(update={"name": str(Path(model.name).expanduser().resolve())})
-    files = [_absolute(name) for name in config.data.files]
+    files = [absolute(name) for name in config.data.files]
     run = config.run.model_copy(update={"dir": str(Path(config.run.dir).expanduser().resolve())})
     return config.model_copy(update={"model": model, "data": config.data.model_copy(update={"files": files}), "run": run})
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
+    """A local path made absolute; the name of a hub data set as it is."""
     path = Path(name).expanduser()
     if path.exists() or any(mark in name for mark in "*?[") or path.suffix:
         return str(path if path.is_absolute() else Path.cwd() / path)

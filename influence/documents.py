@@ -39,9 +39,12 @@ class Document:
     metadata: Row
 
 
-def read_documents(config: DataConfig) -> Iterator[Document]:
-    """The documents in the order of the files. Raises RequestError for a missing file or column, or a value of the wrong type, naming the row."""
-    number = 0
+def read_documents(config: DataConfig, first_number: int = 0) -> Iterator[Document]:
+    """The documents in the order of the files; those without an id are called by their number, from `first_number` on.
+
+    Raises RequestError for a missing file or column, or a value of the wrong type, naming the row.
+    """
+    number = first_number
     for source, rows in _sources(config):
         for row in rows:
             yield _document(row, number, source, config)

@@ -52,7 +52,8 @@ def matching(metadata: Iterable[Mapping[str, Any]], where: str, timeout_seconds:
 
     A key that a sequence lacks is null, true and false are 1 and 0, lists and objects are JSON text, NaN is null. Names are compared without
     regard to case. A text that is a number, as all numbers of a CSV file are, is compared as one: '007' equals 7. Raises RequestError for a
-    condition that cannot be read, that reads anything but metadata, or that takes longer than `timeout_seconds`; making the table comes before that (some 3 seconds for a million sequences).
+    condition that cannot be read, that reads anything but metadata, or that takes longer than `timeout_seconds`; making the table comes before
+    that (some 3 seconds for a million sequences).
     """
     expression = _without_double_quotes(where)
     with closing(sqlite3.connect(":memory:")) as connection:
@@ -98,7 +99,8 @@ def _without_double_quotes(where: str) -> str:
 def _fill(connection: sqlite3.Connection, metadata: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], int]:
     """Makes the table. Returns its columns (name in the table: name in the metadata) and the number of sequences.
 
-    Columns are numeric, which makes numbers of the texts that are numbers, as all are in csv, and leaves others; and have lower-case names, so that SQLite's ROWID is never one of them.
+    Columns are numeric, which makes numbers of the texts that are numbers, as all are in csv, and leaves others. Their names are lower-case, so
+    that SQLite's ROWID is never one of them.
     """
     connection.execute(f"CREATE TABLE metadata ({_quoted(NUMBER)} INTEGER PRIMARY KEY)")
     columns: dict[str, str] = {}

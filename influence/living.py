@@ -51,16 +51,19 @@ class Living:
         }
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> "Living":
+    def from_json(cls, text: str | bytes, where: str) -> "Living":
         """Raises RequestError when the text is not what `to_json` gives."""
         try:
             content = json.loads(text)
-            return cls(
+            living = cls(
                 appended=tuple(Appended(**part) for part in content["appended"]),
                 removed=frozenset(int(number) for number in content["removed"]),
                 erased=frozenset(int(number) for number in content["erased"]),
                 replaced={str(unit): str(name) for unit, name in content["replaced"].items()},
             )
+            if min(living.removed, default=0) < 0 or not living.erased <= living.removed:
+                raise ValueError
+            return living
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RequestError(
                 f"{where} is damaged: it does not tell what was appended and removed; restore it, for without it removed sequences would be back"

@@ -51,6 +51,7 @@ class InfluenceResult:
     coverage: dict[str, Any]  # parameters_attributed, excluded
     provenance: dict[str, Any]
     distribution: dict[str, Any]  # of the index's estimates over the whole training set: histogram, tail
+    lexical: dict[str, Any] | None = None  # what BM25 finds, where that was asked for: overlap, results
 
     def layers(self) -> dict[str, float]:
         """Influence by layer, summed over the ranked sequences."""
@@ -71,7 +72,7 @@ class InfluenceResult:
             "coverage": self.coverage,
             "provenance": self.provenance,
             "distribution": self.distribution,
-        }
+        } | ({} if self.lexical is None else {"bm25": self.lexical})
 
     def to_pandas(self) -> Any:
         """One row a ranked sequence: rank, id, score, text and metadata."""

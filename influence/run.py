@@ -14,6 +14,7 @@ from ekfac import Coverage, LayerFactors, key_of, keyed_bits
 from indexing import FeatureSpec, RowFormat, RowIndex, RowShards, Spreader, feature_spec, open_rows, spreaders
 from influence import artifacts, optimizer_state
 from influence.answering import Progress, QueryOptions, answer, ignore
+from influence.artifacts import appended_fingerprint
 from influence.attribution import AttributedModel, scan
 from influence.batches import batch_budget
 from influence.config import FactorsConfig, IndexConfig, ModelConfig
@@ -43,24 +44,35 @@ class Run:
         self.model_config = ModelConfig(name=model or sources["model"], revision=sources["revision"], **settings["model"])
         self.factors_config = FactorsConfig(**settings["factors"])
         self.index_config = IndexConfig(**settings["index"])
+        self.appended = self.directory.living.appended  # as of now: later ones are seen when the run is opened again
         self._hash_orders: dict[int, NDArray[np.int64]] = {}
 
-    def path_of(self, stage: str, unit: str = "all") -> Path:
+    def path_of(self, stage: str, unit: str = "all", fingerprint: str | None = None) -> Path:
         """Where a finished unit's files are. Raises RequestError when it is not done, stale or damaged."""
-        if not self.directory.is_done(stage, unit, self.fingerprints[stage]):
+        if not self.directory.is_done(stage, unit, fingerprint or self.fingerprints[stage]):
             raise RequestError(f"{self.directory} is not finished: {stage}/{unit} is missing; `influence run` goes on where it stopped")
         return self.directory.unit_path(stage, unit)
 
     @property
     def shards(self) -> list[str]:
-        """The names of the units that stand for the store's shards."""
-        return [f"part-{shard:05d}" for shard in range(self.store.num_shards)]
+        """The names of the units that stand for the shards of the training sequences."""
+        return row_units("part", self.training)
 
     # what is loaded
 
     @cached_property
-    def store(self) -> SequenceStore:
+    def training(self) -> SequenceStore:
+        """The sequences that the model was trained on: N and everything that is fitted or sampled is of them."""
         return SequenceStore(self.path_of("sequences"))
+
+    @cached_property
+    def store(self) -> SequenceStore:
+        """The sequences that are searched: the training sequences, then those that were appended."""
+        if not self.appended:
+            return self.training
+        prints = self.fingerprints
+        parts = [self.path_of("sequences", part.name, appended_fingerprint(prints, part.data)) for part in self.appended]
+        return SequenceStore(self.path_of("sequences"), *parts)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -124,7 +136,19 @@ class Run:
 
     @cached_property
     def rows(self) -> RowShards:
-        return open_rows([self.path_of("rows", shard) / "rows.npy" for shard in self.shards], self.row_format)
+        return open_rows([path / "rows.npy" for path in self._row_paths()], self.row_format)
+
+    @cached_property
+    def row_units(self) -> dict[str, str]:
+        """The units of rows in the order of the sequences, and the fingerprint of each."""
+        units = dict.fromkeys(self.shards, self.fingerprints["rows"])
+        for part in self.appended:
+            fingerprint = appended_fingerprint(self.fingerprints, part.data)
+            units |= dict.fromkeys(row_units(part.name, SequenceStore(self.path_of("sequences", part.name, fingerprint))), fingerprint)
+        return units
+
+    def _row_paths(self) -> list[Path]:
+        return [self.path_of("rows", unit, fingerprint) for unit, fingerprint in self.row_units.items()]
 
     @cached_property
     def index(self) -> RowIndex:
@@ -132,12 +156,12 @@ class Run:
 
     @cached_property
     def self_influence(self) -> NDArray[np.float64]:
-        """(1/N) ∇Lᵀ (G + λI)⁻¹ ∇L of every training sequence, [N], in nats."""
-        return np.concatenate([np.load(self.path_of("rows", shard) / "self_influence.npy", allow_pickle=False) for shard in self.shards])
+        """(1/N) ∇Lᵀ (G + λI)⁻¹ ∇L of every sequence, in nats."""
+        return np.concatenate([np.load(path / "self_influence.npy", allow_pickle=False) for path in self._row_paths()])
 
     @cached_property
     def normalizing_weights(self) -> NDArray[np.float64]:
-        """1 / √self-influence, [N]; zero for a sequence without a gradient."""
+        """1 / √self-influence of every sequence; zero for a sequence without a gradient."""
         own = self.self_influence
         return np.where(own > 0, 1 / np.sqrt(np.where(own > 0, own, 1)), 0)
 
@@ -147,12 +171,12 @@ class Run:
 
     @cached_property
     def lexical(self) -> LexicalSearch:
-        return read_lexical(self.path_of("lexical"))
+        return read_lexical(self.path_of("lexical", self.directory.living.lexical_unit))
 
     @cached_property
     def measures_fidelity(self) -> bool:
         """Whether training sequences serve as queries: some are wanted, and some can be, having a counted token to predict from another."""
-        can_be = self.store.summary["counted_tokens"] > len(self.store) > 1  # every sequence has one; whoever has two makes them more
+        can_be = self.training.summary["counted_tokens"] > len(self.training) > 1  # every sequence has one; whoever has two makes them more
         return self.index_config.recall_queries > 0 and can_be
 
     @cached_property
@@ -165,25 +189,31 @@ class Run:
     @cached_property
     def sample(self) -> NDArray[np.int64]:
         """The numbers, ascending, of up to 10,000 sequences that distributions are estimated from."""
-        return np.sort(self.hash_order(self.index_config.seed)[:SAMPLE_SIZE])
+        return np.sort(_hash_order(self.store.ids, self.index_config.seed)[:SAMPLE_SIZE])
+
+    @property
+    def live(self) -> NDArray[np.bool_]:
+        """Of every sequence: whether it was not removed, as of now."""
+        live = np.ones(len(self.store), dtype=np.bool_)
+        live[[number for number in self.directory.living.removed if number < len(live)]] = False
+        return live
 
     def allowed(self, where: str | None) -> NDArray[np.bool_] | None:
-        """[N]: which sequences a query may find; None when all. Raises RequestError for a condition that cannot be read."""
-        if where is None:
-            return None
-        return matching((sequence.metadata for sequence in self.store), where)
+        """Of every sequence: whether a query may find it; None when all. Raises RequestError for a condition that cannot be read."""
+        if where is not None:
+            return self.live & matching(self.store.metadata(), where)
+        return self.live if self.directory.living.removed else None
 
     def hash_order(self, seed: int) -> NDArray[np.int64]:
-        """The numbers of all sequences in the order of the hashes of their ids: the first of them are a sample that depends on nothing else."""
+        """The numbers of the training sequences in the order of the hashes of their ids: the first are a sample that depends on nothing else."""
         if seed not in self._hash_orders:
-            bits = keyed_bits(seed, np.array([key_of(name) for name in self.store.ids], dtype=np.uint64), 1)[:, 0]
-            self._hash_orders[seed] = np.argsort(bits, kind="stable")
+            self._hash_orders[seed] = _hash_order(self.training.ids, seed)
         return self._hash_orders[seed]
 
     @cached_property
     def fitted(self) -> NDArray[np.bool_]:
         """[N]: whether the factors are fitted on the sequence."""
-        chosen = np.zeros(len(self.store), dtype=np.bool_)
+        chosen = np.zeros(len(self.training), dtype=np.bool_)
         chosen[self.hash_order(self.factors_config.seed)[: self.factors_config.sequences]] = True
         return chosen
 
@@ -212,7 +242,7 @@ class Run:
         """D by layer name, in the unit of G: a number, or [O, J]."""
         if self.optimizer_state is None:
             return {name: factor.damping for name, factor in self.factors.items()}
-        tokens_per_sequence = self.store.summary["counted_tokens"] / len(self.store)
+        tokens_per_sequence = self.training.summary["counted_tokens"] / len(self.training)
         return {**self.optimizer_state.damping(self.language_model.model, self.coverage.layers, tokens_per_sequence)}
 
     # queries
@@ -239,13 +269,17 @@ class Run:
     def exact_scores(
         self, vectors: dict[str, torch.Tensor], attributed: AttributedModel | None = None, progress: Progress = ignore
     ) -> NDArray[np.float64]:
-        """⟨vector q, gradient of sequence n⟩ for every training sequence, [Q, N], by a pass over all of them."""
-        parts = []
-        for shard in range(self.store.num_shards):
-            progress(int(self.store.starts[shard]), len(self.store))
-            parts.append(scan(attributed or self.attributed, vectors, self.store.shard(shard)))
+        """⟨vector q, gradient of sequence n⟩ for every sequence, [Q, number of them], by a pass over all; zero for those that were removed."""
+        scores = np.zeros((len(next(iter(vectors.values()))), len(self.store)))
+        live = self.live
+        for shard, start in enumerate(self.store.starts[:-1]):
+            progress(int(start), len(self.store))
+            sequences = self.store.shard(shard)
+            places = np.flatnonzero(live[start : start + len(sequences)])
+            if len(places):
+                scores[:, start + places] = scan(attributed or self.attributed, vectors, [sequences[place] for place in places])
         progress(len(self.store), len(self.store))
-        return np.concatenate(parts, axis=1)
+        return scores
 
     def token_texts(self, tokens: NDArray[np.int32]) -> list[str]:
         """Each token as text of its own; a character that several tokens spell stands at the last of them."""
@@ -260,6 +294,16 @@ class Run:
                 texts.append(text)
                 pending = []
         return texts
+
+
+def row_units(name: str, store: SequenceStore) -> list[str]:
+    """What the units of the rows of these sequences are called, one for each shard."""
+    return [f"{name}-{shard:05d}" for shard in range(store.num_shards)]
+
+
+def _hash_order(ids: Sequence[str], seed: int) -> NDArray[np.int64]:
+    bits = keyed_bits(seed, np.array([key_of(name) for name in ids], dtype=np.uint64), 1)[:, 0]
+    return np.argsort(bits, kind="stable")
 
 
 def open_run(path: Path | str, **options: Any) -> Run:

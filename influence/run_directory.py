@@ -2,15 +2,16 @@
 
     run.json                            what the run is made of: configuration and fingerprints
     sequences/all/                      part-00000.parquet …, summary.json
+    lexical/all/                        BM25 over the texts
     layers/all/                         the attributed layers, and what is not covered
     covariances/part-00000/             partial sums, safetensors
     eigenbases/<name>/                  one covariance's eigenvectors
     eigenvalues/part-00000/             partial sums
     factors/all/                        corrected eigenvalues and damping
-    lexical/all/                        BM25 over the texts
     rows/part-00000/                    rows.npy (bytes), self_influence.npy
     scans/part-00000/                   exact scores of sample queries
     fidelity/all/                       how close the index comes to them
+    living.json                         what was appended and removed since, with units sequences/append-<id>, rows/append-<id>-00000 …
     answers/<id>.json                   results of queries
     evaluations/                        what `influence evaluate` measured; below retrained-<id>/ a unit for each retrained model
     progress.json                       what `influence status` shows of work under way
@@ -26,17 +27,18 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from influence.errors import RequestError
+from influence.living import Living
 
 FORMAT = 3
 """Version of the layout and of every file format in a run directory. Other versions are refused."""
 
-STAGES = ("sequences", "layers", "covariances", "eigenbases", "eigenvalues", "factors", "lexical", "rows", "scans", "fidelity")
+STAGES = ("sequences", "lexical", "layers", "covariances", "eigenbases", "eigenvalues", "factors", "rows", "scans", "fidelity")
 
 
 def digest(value: Any) -> str:
@@ -55,6 +57,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._living: tuple[tuple[int, int], Living] | None = None  # (time and size of the file, content)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -122,10 +125,29 @@ class RunDirectory:
     def _has_units(self, stage: str) -> bool:
         return any((self.path / stage).glob("[!.]*"))
 
+    # what changed since
+
+    @property
+    def living(self) -> Living:
+        """What was appended and removed since the index was built, as of now. Raises RequestError when the file that tells is damaged."""
+        path = self.path / "living.json"
+        try:
+            facts = path.stat()
+        except FileNotFoundError:
+            return Living()
+        version = (facts.st_mtime_ns, facts.st_size)
+        if self._living is None or self._living[0] != version:
+            self._living = (version, Living.from_json(path.read_text(encoding="utf-8"), str(path)))
+        return self._living[1]
+
+    def write_living(self, living: Living) -> None:
+        """Readers see the state before or after, never a part."""
+        write_json(self.path / "living.json", living.to_json())
+
     # units of work
 
     def unit_path(self, stage: str, unit: str) -> Path:
-        return self.path / stage / _file_name(unit)
+        return self.path / stage / _file_name(self.living.replaced.get(f"{stage}/{unit}", unit))
 
     def is_done(self, stage: str, unit: str, fingerprint: str) -> bool:
         """Whether the unit's output is there and whole. Raises RequestError when it was made from something else or is damaged."""
@@ -149,6 +171,11 @@ class RunDirectory:
                 state = "is missing" if size is None else f"is damaged: {size:,} bytes"
                 raise RequestError(f"{path / name} {state}, expected {expected:,} bytes; delete {path} to have it made again")
         return True
+
+    def fingerprint_of(self, stage: str, unit: str) -> str:
+        """What a finished unit was made from."""
+        record = json.loads((self.unit_path(stage, unit) / "record.json").read_text(encoding="utf-8"))
+        return str(record["fingerprint"])
 
     def verify(self, stage: str, unit: str) -> None:
         """Raises RequestError when a file of the unit does not have its checksum."""
@@ -221,6 +248,14 @@ class RunDirectory:
         path.parent.mkdir(exist_ok=True)
         write_json(path, answer)
         return path
+
+    def forget_answers(self, ids: Collection[str]) -> None:
+        """Removes the kept answers and the report that may show these sequences."""
+        for path in (self.path / "answers").glob("*.json"):
+            shown = _read_answer(path).get("results", [])
+            if any(one["id"] in ids or any(other["id"] in ids for other in one["duplicates"]) for one in shown):
+                path.unlink()
+        (self.path / "report.html").unlink(missing_ok=True)
 
     def answers(self) -> list[dict[str, Any]]:
         """The kept answers, oldest first."""

@@ -4,7 +4,7 @@ Knows tokens, not models.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -147,13 +147,13 @@ def _packed(encoded: Iterable[Encoded], tokenizer: Any, length: int) -> Iterator
         )
 
 
-def write_sequences(directory: Path, sequences: Iterable[TrainingSequence], per_shard: int) -> None:
+def write_sequences(directory: Path, sequences: Iterable[TrainingSequence], per_shard: int, taken: Collection[str] = ()) -> None:
     """Fills `directory` with shards and their summary.json.
 
     Sequences without counted tokens teach the model nothing: they are left out, and named in the summary. Raises RequestError when an id comes twice
-    or nothing is left.
+    or is `taken`, or nothing is left.
     """
-    seen: set[str] = set()
+    seen = set(taken)
     without: list[str] = []
     sizes: list[int] = []
     tokens = counted = 0
@@ -162,7 +162,10 @@ def write_sequences(directory: Path, sequences: Iterable[TrainingSequence], per_
         for sequence in sequences:
             if sequence.id in seen:
                 raise RequestError(
-                    f"the id {sequence.id!r} comes twice in the data: ids must differ (data.id names their column; without one, row numbers are ids)"
+                    f"the id {sequence.id!r} is in the run already: remove it first to replace it, or take another id (data.id names their column)"
+                    if sequence.id in taken
+                    else f"the id {sequence.id!r} comes twice in the data: ids must differ (data.id names their column; without one, row numbers "
+                    "are ids)"
                 )
             seen.add(sequence.id)
             if sequence.counted.any():
@@ -171,18 +174,7 @@ def write_sequences(directory: Path, sequences: Iterable[TrainingSequence], per_
                 without.append(sequence.id)
 
     for shard, group in enumerate(_groups(kept(), per_shard)):
-        rows = [
-            {
-                "id": s.id,
-                "document": s.document,
-                "tokens": s.tokens,
-                "counted": s.counted,
-                "text": s.text,
-                "metadata": json.dumps(s.metadata, ensure_ascii=False),
-            }
-            for s in group
-        ]
-        pa.parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), directory / shard_name(shard), compression="zstd")
+        _write_shard(directory / shard_name(shard), group)
         sizes.append(len(group))
         tokens += sum(len(s.tokens) for s in group)
         counted += sum(int(s.counted.sum()) for s in group)
@@ -192,24 +184,73 @@ def write_sequences(directory: Path, sequences: Iterable[TrainingSequence], per_
     (directory / "summary.json").write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
 
 
+def _write_shard(path: Path, sequences: Iterable[TrainingSequence]) -> None:
+    rows = [
+        {
+            "id": s.id,
+            "document": s.document,
+            "tokens": s.tokens,
+            "counted": s.counted,
+            "text": s.text,
+            "metadata": json.dumps(s.metadata, ensure_ascii=False),
+        }
+        for s in sequences
+    ]
+    pa.parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, compression="zstd")
+
+
+def write_erased(directory: Path, source: Path, erased: Collection[int]) -> None:
+    """Fills `directory` with the sequences of the directory `source`, those of these numbers as their ids alone."""
+    summary = json.loads((source / "summary.json").read_text(encoding="utf-8"))
+    store, first = SequenceStore(source), 0
+    for shard, size in enumerate(summary["shards"]):
+        kept = (_emptied(s) if first + place in erased else s for place, s in enumerate(store.shard(shard)))
+        _write_shard(directory / shard_name(shard), kept)
+        first += size
+    (directory / "summary.json").write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+
+
+def _emptied(sequence: TrainingSequence) -> TrainingSequence:
+    nothing = np.zeros(0, dtype=np.int32)
+    return TrainingSequence(id=sequence.id, document="", tokens=nothing, counted=nothing.astype(np.bool_), text="", metadata={})
+
+
 def shard_name(shard: int) -> str:
     return f"part-{shard:05d}.parquet"
 
 
 class SequenceStore:
-    """The sequences of a run, by number (their order in the data) or shard."""
+    """The sequences of one or several directories, by number (their order in the data) or shard.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.summary: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    `summary`: the sequences in each shard; tokens, counted_tokens, num_left_out, and the ids of some left_out.
+    """
+
+    def __init__(self, *directories: Path) -> None:
+        summaries = [json.loads((directory / "summary.json").read_text(encoding="utf-8")) for directory in directories]
+        self.summary: dict[str, Any] = {key: sum((summary[key] for summary in summaries[1:]), summaries[0][key]) for key in summaries[0]}
+        self._files = [
+            directory / shard_name(n) for directory, s in zip(directories, summaries, strict=True) for n in range(len(s["shards"]))
+        ]
         self.starts = np.concatenate([[0], np.cumsum(self.summary["shards"])])
         self._read = lru_cache(maxsize=16)(self._read_shard)
 
     @cached_property
     def ids(self) -> list[str]:
         """Every sequence's id, in order."""
-        columns = [pa.parquet.read_table(self.directory / shard_name(n), columns=["id"])["id"] for n in range(self.num_shards)]
-        return [identifier for column in columns for identifier in column.to_pylist()]
+        return self._column("id")
+
+    @cached_property
+    def documents(self) -> list[str]:
+        """The id of every sequence's document, in order."""
+        return self._column("document")
+
+    def metadata(self) -> Iterator[dict[str, Any]]:
+        """Every sequence's metadata, in order."""
+        return (json.loads(text) for text in self._column("metadata"))
+
+    def _column(self, name: str) -> list[str]:
+        columns = (pa.parquet.read_table(path, columns=[name])[name] for path in self._files)
+        return [value for column in columns for value in column.to_pylist()]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -232,7 +273,7 @@ class SequenceStore:
             yield from self._read_shard(shard)
 
     def _read_shard(self, number: int) -> tuple[TrainingSequence, ...]:
-        rows = pa.parquet.read_table(self.directory / shard_name(number)).to_pylist()
+        rows = pa.parquet.read_table(self._files[number]).to_pylist()
         return tuple(
             TrainingSequence(
                 id=row["id"],

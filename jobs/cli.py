@@ -114,6 +114,7 @@ def demo(
 @with_config_options
 def run(
     config: Annotated[Path | None, typer.Argument(help="YAML configuration; options given beside it win", show_default=False)] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="stop after this stage, such as factors")] = None,
     as_json: Json = False,
     debug: Debug = False,
     *,
@@ -122,7 +123,7 @@ def run(
     """Every stage that is not yet done, in order; after a crash, the same command goes on where it was."""
     settings = load_config(config, overrides)
     start = time.monotonic()
-    finished = run_all(settings)
+    finished = run_all(settings, until)
     if as_json:
         _print_json(_status(finished) | {"seconds": round(time.monotonic() - start, 2)})
     else:
@@ -249,6 +250,52 @@ def report(
 app.command()(evaluate)
 
 
+@app.command()
+def append(
+    run: Annotated[Path, typer.Argument(help="run directory, finished")],
+    files: Annotated[list[str], typer.Argument(help="files of the same form as the run's own data")],
+    model: ModelOption = None,
+    memory_budget: Memory = "16GiB",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Add sequences to the index, without fitting the factors again."""
+    from jobs import living
+
+    done = living.append(open_within(run, model, memory_budget), files)
+    if as_json:
+        _print_json({"run": str(run), **done})
+    else:
+        print(f"{run}: appended {done['appended']:,} sequences; {done['sequences'] - done['removed']:,} are searched")
+
+
+@app.command()
+def remove(
+    run: Annotated[Path, typer.Argument(help="run directory, finished")],
+    ids: Annotated[
+        Path | None, typer.Option("--ids", help="file of ids, of sequences or documents: one a line, or jsonl with an id")
+    ] = None,
+    erase: Annotated[bool, typer.Option("--erase", help="also take what was removed, now or before, out of the run's files")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Take sequences out of every answer from now on, and out of the files with --erase."""
+    from jobs import living
+
+    if ids is None and not erase:
+        raise RequestError("give --ids FILE, the sequences to remove; or --erase, to take out of the files what was removed before")
+    opened = open_run(run)
+    done = living.remove(opened, living.read_ids(ids)) if ids else {}
+    done |= living.erase(opened) if erase else {}
+    if as_json:
+        _print_json({"run": str(run), **done})
+        return
+    if ids:
+        print(f"{run}: removed {done['removed_now']:,} sequences; {done['sequences'] - done['removed']:,} are searched")
+    if erase:
+        print(f"{run}: erased {done['erased_now']:,} sequences from the files")
+
+
 def _refinement(wanted: bool, steps: int, sequences: int) -> RefineOptions | None:
     chosen = RefineOptions(steps=steps, sequences=sequences)
     if not wanted and chosen != RefineOptions():
@@ -275,7 +322,7 @@ def _status(run: Run) -> dict[str, Any]:
     finished = all(state["total"] is not None and state["done"] == state["total"] for state in states.values())
     status: dict[str, Any] = {"run": str(run.directory), "finished": finished, "stages": states, **run.description}
     if states["sequences"]["done"]:
-        status["data"] = {"sequences": len(run.store), **{key: value for key, value in run.store.summary.items() if key != "shards"}}
+        status["data"] = {"sequences": len(run.training), **{key: value for key, value in run.training.summary.items() if key != "shards"}}
     if states["layers"]["done"]:
         coverage = run.coverage
         status["coverage"] = {
@@ -284,6 +331,8 @@ def _status(run: Run) -> dict[str, Any]:
             "excluded": coverage.excluded,
         }
     if finished:
+        changes = run.directory.living
+        status["living"] = {"appended": len(run.store) - len(run.training), "removed": len(changes.removed), "erased": len(changes.erased)}
         status["fidelity"] = run.fidelity.to_json() if run.fidelity else None
     else:
         status["progress"] = run.directory.read_progress()
@@ -305,12 +354,16 @@ def _print_status(run: Run) -> None:
         )
     if data := status.get("data"):
         console.print(f"data: {data['sequences']:,} sequences, {data['tokens']:,} tokens, {data['num_left_out']} left out")
+    changes = list(status.get("living", {}).values())
+    if any(changes):
+        added, removed, erased = changes
+        console.print(f"since then: {added:,} sequences appended, {removed:,} removed, {erased:,} of these erased from the files")
     if coverage := status.get("coverage"):
         share = coverage["parameters_attributed"]
         console.print(
             f"coverage: {share:.1%} of the parameters, in {len(coverage['layers'])} layers; {len(coverage['excluded'])} modules excluded"
         )
-    if run.fidelity and status["finished"]:
+    if status["finished"] and run.fidelity:
         end = run.fidelity.end(normalized=False, opponents=False)
         depths = "; ".join(f"{share:.3f} among {depth}" for depth, share in end.recall[max(k for k in end.recall if k <= 10)].items())
         console.print(
@@ -336,6 +389,11 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
         lexical = [str(sequence.bm25_rank or "-")] if bm25 else []
         table.add_row(str(sequence.rank), f"{sequence.score:+.4g}", Text(sequence.id), *lexical, text)
     console.print(table)
+    if result.lexical:
+        names = ", ".join(found["id"] for found in result.lexical["results"])
+        console.print(
+            f"BM25 shares {result.lexical['overlap']} of its first {len(result.lexical['results'])} with these: {names}", style="dim"
+        )
     recall = provenance["recall_at_10"]
     if refinement := provenance.get("refinement"):
         console.print(

@@ -14,16 +14,21 @@ from jobs.progress import bar, say
 from jobs.stages import STAGES, Stage, create_run
 
 
-def run_all(config: Config) -> Run:
-    """Brings the configured run to its end and returns it. Called again after any interruption, it goes on with the units that are missing.
+def run_all(config: Config, until: str | None = None) -> Run:
+    """Brings the configured run to its end, or to that of the stage `until`, and returns it.
+
+    Called again after any interruption, it goes on with the units that are missing.
 
     Raises RequestError when the run directory was made from something else, or another process works on it.
     """
+    names = [stage.name for stage in STAGES]
+    if until is not None and until not in names:
+        raise RequestError(f"--until: there is no stage {until!r}; there are: {', '.join(names)}")
     create_run(config)
     with RunDirectory(Path(config.run.dir)).exclusive(), ExitStack() as stack:
         run = Run(config.run.dir, memory_budget=config.resources.memory_budget)
         executor: Executor | None = None
-        for stage in STAGES:
+        for stage in STAGES[: 1 + names.index(until)] if until else STAGES:
             units = stage.units(run)
             missing = [unit for unit in units if not run.directory.is_done(stage.name, unit, run.fingerprints[stage.name])]
             if not missing:
@@ -31,11 +36,11 @@ def run_all(config: Config) -> Run:
             if executor is None:
                 executor = _executor(config, run, stack)
             _do_stage(stage, units, missing, run, executor)
-        left_out = run.store.summary["num_left_out"]
+        left_out = run.training.summary["num_left_out"]
         if left_out:
-            names = ", ".join(run.store.summary["left_out"][:3]) + (", …" if left_out > 3 else "")
+            some = ", ".join(run.training.summary["left_out"][:3]) + (", …" if left_out > 3 else "")
             noun = "sequence" if left_out == 1 else "sequences"
-            say(f"left out {left_out} {noun} without a counted token (nothing in them is predicted): {names}")
+            say(f"left out {left_out} {noun} without a counted token (nothing in them is predicted): {some}")
     return run
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from influence.config import ResourcesConfig
 from influence.errors import RequestError
+from influence.living import Living
 from influence.refinement import RefineOptions
 from influence.run import Run
 from jobs.answers import Asked, measurements_of
@@ -147,6 +148,11 @@ def _evaluate_lds(
     from jobs.lds import measure_lds, scored
 
     run = runs[0]
+    for one in runs:
+        if one.directory.living != Living():
+            raise RequestError(
+                f"sequences were appended to {one.directory} or removed from it: lds needs the training sequences, all and alone"
+            )
     for method in methods:
         check_method(method)
     files = _named_files(scores, methods)

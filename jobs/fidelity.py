@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from influence.evaluation.fidelity import RankingFidelity, ranking_fidelities
 from influence.run import Run
@@ -20,7 +21,7 @@ from jobs.answers import Asked
 from jobs.progress import bar
 from jobs.stages import sample_queries
 
-SHOWN_DEPTHS = (50, 100, 200, 400)
+SHOWN_DEPTHS = (50, 100, 200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +58,17 @@ class FidelityOutcome:
         write_json(self.path, self.to_json())
 
     def print(self, console: Console) -> None:
-        table = Table("ranking", "bytes", "NDCG@20", *(f"in {depth}" for depth in SHOWN_DEPTHS), "Spearman", "opponents'")
+        columns = ("ranking", "bytes", "NDCG@20", *(f"in {depth}" for depth in SHOWN_DEPTHS), "Spearman", "opponents")
+        table = Table(*(Column(name, no_wrap=True) for name in columns), box=box.SIMPLE, padding=(0, 1, 0, 0))  # fits 80 characters
         for ranking in self.rankings:
             shares = [_share(ranking.proponents.recall_at(10, depth)) for depth in SHOWN_DEPTHS]
             size = "" if ranking.bytes_per_sequence is None else f"{ranking.bytes_per_sequence:,}"
             opponents = "" if ranking.name == "BM25" else f"{ranking.opponents.ndcg_at_20:.3f}"
             table.add_row(ranking.name, size, f"{ranking.proponents.ndcg_at_20:.3f}", *shares, _share(ranking.spearman), opponents)
         console.print(table)
-        console.print("NDCG@20, and that of opponents; in N: the share of the exact top 10 among the first N; before any rerank")
+        console.print("NDCG@20, also of opponents; in N: the share of the exact top 10 in the first N; all before any rerank")
         console.print(
-            f"against exact EK-FAC: {self.num_queries} queries, {self.num_sequences:,} of {len(self.run.store):,} sequences, "
+            f"against exact EK-FAC: {self.num_queries} queries, {self.num_sequences:,} of {len(self.run.training):,} sequences, "
             f"{self.seconds:.0f} s"
         )
         console.print(f"written: {self.path}")
@@ -79,7 +81,8 @@ def _share(value: float | None) -> str:
 def measure_fidelity(run: Run, asked: Asked | None, num_sequences: int, directory: Path) -> FidelityOutcome:
     """With queries of the user's, or with halves of training sequences; over as many sequences, chosen by hash of their ids."""
     start = time.perf_counter()
-    numbers = np.sort(run.hash_order(run.index_config.seed)[:num_sequences])
+    order = run.hash_order(run.index_config.seed)
+    numbers = np.sort(order[run.live[order]][:num_sequences])
     queries: Sequence[Any] = [(None, measurement) for _, measurement in asked] if asked else sample_queries(run)
     own = [number for number, _ in queries]
     with bar("rows of every size") as progress:

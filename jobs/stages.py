@@ -157,11 +157,11 @@ def _layers(run: Run, config: Config, _: str) -> Write:
 
 def _fit_groups(run: Run) -> Sequence[str]:
     """The units of the two passes that fit factors: a few groups of shards, because each leaves sums as large as the factors on disk."""
-    return [f"part-{group:05d}" for group in range(min(MOST_FIT_GROUPS, run.store.num_shards))]
+    return [f"part-{group:05d}" for group in range(min(MOST_FIT_GROUPS, run.training.num_shards))]
 
 
 def _fit_batches(run: Run, unit: str) -> Iterator[SequenceBatch]:
-    groups = np.array_split(np.arange(run.store.num_shards), len(_fit_groups(run)))
+    groups = np.array_split(np.arange(run.training.num_shards), len(_fit_groups(run)))
     for shard in groups[_shard_number(unit)]:
         for _, batch in in_batches(fitted_sequences(run, int(shard)), run.attributed.budget, run.attributed.device):
             yield batch
@@ -169,8 +169,8 @@ def _fit_batches(run: Run, unit: str) -> Iterator[SequenceBatch]:
 
 def fitted_sequences(run: Run, shard: int) -> list[TrainingSequence]:
     """The sequences of a shard that factors are fitted on."""
-    start = int(run.store.starts[shard])
-    return [sequence for place, sequence in enumerate(run.store.shard(shard)) if run.fitted[start + place]]
+    start = int(run.training.starts[shard])
+    return [sequence for place, sequence in enumerate(run.training.shard(shard)) if run.fitted[start + place]]
 
 
 def _covariances(run: Run, _: Config, unit: str) -> Write:
@@ -205,7 +205,12 @@ def _factors(run: Run, config: Config, _: str) -> Write:
 
 
 def _rows(run: Run, _: Config, unit: str) -> Write:
-    attributed, sequences = run.attributed, run.store.shard(_shard_number(unit))
+    return rows_of(run, run.training.shard(_shard_number(unit)))
+
+
+def rows_of(run: Run, sequences: Sequence[TrainingSequence]) -> Write:
+    """The rows of these sequences, and the self-influence of each."""
+    attributed = run.attributed
     rows = np.empty((len(sequences), run.row_format.bytes_per_row), dtype=np.uint8)
     self_influence = np.empty(len(sequences), dtype=np.float64)
     for members, batch in in_batches(sequences, attributed.budget, attributed.device):
@@ -218,13 +223,13 @@ def _rows(run: Run, _: Config, unit: str) -> Write:
 
     def write(directory: Path) -> None:
         np.save(directory / "rows.npy", rows, allow_pickle=False)
-        np.save(directory / "self_influence.npy", self_influence / len(run.store), allow_pickle=False)
+        np.save(directory / "self_influence.npy", self_influence / len(run.training), allow_pickle=False)
 
     return write
 
 
 def _lexical(run: Run, _: Config, unit: str) -> Write:
-    return lambda directory: write_lexical(directory, (sequence.text for sequence in run.store))
+    return lambda directory: write_lexical(directory, (sequence.text for sequence in run.training))
 
 
 def sample_queries(run: Run) -> list[tuple[int, Measurement]]:
@@ -232,10 +237,12 @@ def sample_queries(run: Run) -> list[tuple[int, Measurement]]:
 
     Chosen by hash of their ids among those with two counted tokens.
     """
-    wanted = run.index_config.recall_queries
+    wanted, live = run.index_config.recall_queries, run.live
     chosen: list[tuple[int, Measurement]] = []
     for number in run.hash_order(run.index_config.seed).tolist():
-        sequence = run.store[number]
+        sequence = run.training[number]
+        if not live[number]:
+            continue
         second_half = sequence.counted & (np.cumsum(sequence.counted) > sequence.counted.sum() // 2)
         if len(chosen) == wanted:
             break
@@ -258,7 +265,7 @@ def _scan_units(run: Run) -> Sequence[str]:
 def _scan(run: Run, _: Config, unit: str) -> Write:
     attributed = run.attributed
     vectors = _preconditioned(run, [measurement for _, measurement in sample_queries(run)])
-    scores = np.concatenate([scan(attributed, one, run.store.shard(_shard_number(unit))) for one in vectors])
+    scores = np.concatenate([scan(attributed, one, run.training.shard(_shard_number(unit))) for one in vectors])
     return lambda directory: np.save(directory / "scores.npy", scores, allow_pickle=False)
 
 
@@ -298,12 +305,12 @@ def _without(numbers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
 
 STAGES = (
     Stage(name="sequences", title="reading and tokenizing data", units=_everything, work=_sequences),
+    Stage(name="lexical", title="lexical index", units=_everything, work=_lexical),
     Stage(name="layers", title="finding layers", units=_everything, work=_layers),
     Stage(name="covariances", title="covariances", units=_fit_groups, work=_covariances),
     Stage(name="eigenbases", title="eigenbases", units=_covariance_names, work=_eigenbasis),
     Stage(name="eigenvalues", title="corrected eigenvalues", units=_fit_groups, work=_eigenvalues),
     Stage(name="factors", title="factors", units=_everything, work=_factors),
-    Stage(name="lexical", title="lexical index", units=_everything, work=_lexical),
     Stage(name="rows", title="index rows", units=_shards, work=_rows),
     Stage(name="scans", title="exact scan of sample queries", units=_scan_units, work=_scan),
     Stage(name="fidelity", title="fidelity of the index", units=_fidelity_units, work=_fidelity),

@@ -197,3 +197,29 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a process that ends by itself."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind: exit status, standard output, standard error."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.status == 0, self.err
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)
+
+    def says(self, message: str, status: int = 2) -> None:
+        """One line of error that holds `message`, at the end of what is for people; nothing for machines."""
+        *progress, last = self.err.splitlines()
+        assert (self.status, self.out) == (status, "")
+        assert last.startswith("error: ")
+        assert message in last
+        assert not [line for line in progress if "rror" in line]
+
+
+Influence = Callable[..., Outcome]

@@ -3,9 +3,7 @@
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from small_run import (
     POSITIONS,
+    Influence,
     World,
     alter_one_weight,
     artifacts,
@@ -25,37 +24,10 @@ from small_run import (
 )
 
 from influence.config import Config
-from jobs import cli
 from jobs.options import config_options
 
 PROMPT, COMPLETION = "Lisbon lies on", " the Tagus."
 NUM_SEQUENCES = 65
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left behind: exit status, standard output, standard error."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.status == 0, self.err
-        assert self.out.count("\n") == 1
-        return json.loads(self.out)
-
-    def says(self, message: str, status: int = 2) -> None:
-        """One line of error that holds `message`, at the end of what is for people; nothing for machines."""
-        *progress, last = self.err.splitlines()
-        assert (self.status, self.out) == (status, "")
-        assert last.startswith("error: ")
-        assert message in last
-        assert not [line for line in progress if "rror" in line]
-
-
-Influence = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +39,6 @@ def asked(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def one_thread(two_threads: None) -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def influence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Influence:
-    """The console script in this process."""
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["influence", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Outcome(int(ended.value.code or 0), *capsys.readouterr())
-
-    return call
 
 
 # the request is wrong

@@ -5,18 +5,16 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from small_run import World, command, everything, finish, model, write_jsonl
+from small_run import Influence, World, command, everything, finish, model, write_jsonl
 
 from influence.attribution import gradient_norms, precondition, query_gradients
 from influence.config import ResourcesConfig
@@ -26,7 +24,6 @@ from influence.evaluation.methods import METHODS, scores_by
 from influence.evaluation.retraining import RetrainingSettings, fine_tuned, query_losses, random_half
 from influence.refinement import RefineOptions
 from influence.run import Run, open_run
-from jobs import cli
 from jobs.answers import Asked, measurements_of
 from jobs.executors import ray_connection
 from jobs.retraining import retrain, retraining_of
@@ -83,39 +80,6 @@ def one_thread(two_threads: None) -> None:
     torch.set_num_threads(1)
 
 
-Influence = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def influence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Influence:
-    """The console script in this process: exit status, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["influence", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return call
-
-
-def found(outcome: tuple[int, str, str]) -> dict[str, Any]:
-    status, out, err = outcome
-    assert status == 0, err
-    assert out.count("\n") == 1
-    answer: dict[str, Any] = json.loads(out)
-    return answer
-
-
-def refused(outcome: tuple[int, str, str], message: str) -> None:
-    status, out, err = outcome
-    assert (status, out) == (2, "")
-    assert message in err.splitlines()[-1]
-    assert err.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in err
-
-
 # with a bank
 
 
@@ -123,8 +87,8 @@ def test_json_and_files_say_what_was_measured(influence: Influence, copy: Path, 
     own = np.random.default_rng(1).standard_normal((Q, N))
     np.save(tmp_path / "own.npy", own)
     outcome = influence("evaluate", copy, "lds", "--queries", queries, "--bank", bank, "--scores", f"own={tmp_path / 'own.npy'}", "--json")
-    answer = found(outcome)
-    assert "the bank has losses of 2 queries: the first 2 of 3 are evaluated" in outcome[2]
+    answer = outcome.json
+    assert "the bank has losses of 2 queries: the first 2 of 3 are evaluated" in outcome.err
     assert [method["name"] for method in answer["methods"]] == ["ekfac", "gradient-cosine", "bm25", "own"]
     assert answer["queries"] == ["pair", "2"]
     assert (answer["num_subsets"], answer["num_seeds"], answer["num_sequences"]) == (S, 2, N)
@@ -151,8 +115,9 @@ def test_people_see_a_table_and_where_the_files_are(
 ) -> None:
     before, out = everything(finished), tmp_path / "new" / "place"
     words = ("--queries", queries, "--bank", bank, "--out", out, "--method", "gradient-dot", "--method", "bm25", "--method", "bm25")
-    status, text, err = influence("evaluate", finished, "lds", *words)
-    assert status == 0, err
+    done = influence("evaluate", finished, "lds", *words)
+    assert done.status == 0, done.err
+    text = done.out
     rows = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
     assert [name for name in rows if name] == ["gradient-dot", "bm25"]
     assert f"2 queries, {S} subsets of {N} training sequences, 2 seeds each; noise ceiling 0." in text
@@ -230,7 +195,7 @@ def test_wrong_request_is_refused(
     places = {"BANK": bank, "OTHER": other, "BASE": base, "MODEL": world.model, "QUERIES": queries}
     words = [re.sub("|".join(places), lambda name: str(places[name[0]]), word) for word in arguments]
     before = everything(finished)
-    refused(influence("evaluate", finished, *words, "--queries", queries), message)
+    influence("evaluate", finished, *words, "--queries", queries).says(message)
     assert everything(finished) == before
 
 
@@ -241,16 +206,14 @@ def test_base_of_another_vocabulary_is_refused(influence: Influence, finished: P
     vocabulary["!"], vocabulary["#"] = vocabulary["#"], vocabulary["!"]
     (other / "tokenizer.json").write_text(json.dumps(content))
     words = ("evaluate", finished, "lds", "--queries", queries, "--retrain", "--base", other)
-    refused(influence(*words), "has another vocabulary than the run's")
+    influence(*words).says("has another vocabulary than the run's")
 
 
 def test_run_that_is_not_finished_is_refused_before_models_are_retrained(
     influence: Influence, copy: Path, base: Path, queries: Path
 ) -> None:
     shutil.rmtree(copy / "factors")
-    refused(
-        influence("evaluate", copy, "lds", "--queries", queries, "--retrain", "--base", base), "is not finished: factors/all is missing"
-    )
+    influence("evaluate", copy, "lds", "--queries", queries, "--retrain", "--base", base).says("is not finished: factors/all is missing")
     assert not (copy / "evaluations").exists()
 
 
@@ -332,14 +295,14 @@ def units(run: Path) -> dict[str, int]:
 
 def test_bank_is_made_kept_and_extended(influence: Influence, copy: Path, base: Path, queries: Path) -> None:
     words = ("evaluate", copy, "lds", "--queries", queries, "--json")
-    first = found(influence(*words, "--retrain", "--base", base, *FEW))
+    first = influence(*words, "--retrain", "--base", base, *FEW).json
     assert (len(first["queries"]), first["num_subsets"], first["num_seeds"], first["ceiling"]) == (Q, 3, 1, None)
     bank, before = read_bank(Path(first["bank"])), units(copy)
     np.testing.assert_array_equal(bank.masks, [random_half(open_run(copy).store.ids, subset) for subset in range(3)])
-    again = found(influence(*words, "--bank", first["bank"]))
+    again = influence(*words, "--bank", first["bank"]).json
     assert [m["lds"] for m in again["methods"]] == [m["lds"] for m in first["methods"]]
 
-    more = found(influence(*words, "--retrain", "--base", base, "--subsets", 4, "--seeds", 2, "--epochs", 1, "--method", "bm25"))
+    more = influence(*words, "--retrain", "--base", base, "--subsets", 4, "--seeds", 2, "--epochs", 1, "--method", "bm25").json
     larger = read_bank(Path(more["bank"]))
     np.testing.assert_array_equal(larger.losses[:1, :3], bank.losses)
     assert len(units(copy)) == 8
@@ -347,20 +310,20 @@ def test_bank_is_made_kept_and_extended(influence: Influence, copy: Path, base: 
     assert more["ceiling"] is not None
 
     others = write_jsonl(queries.with_name("others.jsonl"), QUERIES[1:])
-    fewer = found(influence("evaluate", copy, "lds", "--queries", others, "--json", "--bank", more["bank"], "--method", "bm25"))
+    fewer = influence("evaluate", copy, "lds", "--queries", others, "--json", "--bank", more["bank"], "--method", "bm25").json
     assert fewer["queries"] == ["1", "7"]
     assert fewer["methods"][0]["per_query"] == more["methods"][0]["per_query"][1:]
     stranger = write_jsonl(queries.with_name("stranger.jsonl"), [{"text": "Perth lies on the Swan."}])
-    refused(influence("evaluate", copy, "lds", "--queries", stranger, "--bank", more["bank"]), "query 1 is not one of the 3 whose losses")
+    influence("evaluate", copy, "lds", "--queries", stranger, "--bank", more["bank"]).says("query 1 is not one of the 3 whose losses")
 
-    status, _, err = influence("status", copy, "--verify")
-    assert (status, err) == (0, "")
+    verified = influence("status", copy, "--verify")
+    assert (verified.status, verified.err) == (0, "")
 
 
 def test_other_settings_do_not_mix(influence: Influence, copy: Path, base: Path, queries: Path) -> None:
     words = ("evaluate", copy, "lds", "--queries", queries, "--json", "--retrain", "--base", base, "--method", "bm25", "--subsets", 3)
     banks = [
-        found(influence(*words, "--seeds", 1, "--epochs", 1, *options))["bank"]
+        influence(*words, "--seeds", 1, "--epochs", 1, *options).json["bank"]
         for options in ((), ("--learning-rate", 1e-3), ("--batch-size", 8))
     ]
     assert len(set(banks)) == 3
@@ -373,10 +336,10 @@ def test_other_settings_do_not_mix(influence: Influence, copy: Path, base: Path,
 
 def test_damaged_unit_is_refused_by_its_name(influence: Influence, copy: Path, base: Path, queries: Path) -> None:
     words = ("evaluate", copy, "lds", "--queries", queries, "--json", "--retrain", "--base", base, "--method", "bm25", *FEW)
-    found(influence(*words))
+    assert influence(*words).status == 0
     (path,) = copy.glob("evaluations/retrained-*/subset-00001-seed-0/losses.npy")
     path.write_bytes(b"")
-    refused(influence(*words), f"{path} is damaged: 0 bytes, expected")
+    influence(*words).says(f"{path} is damaged: 0 bytes, expected")
 
 
 def wait_for(pattern: str, place: Path, process: subprocess.Popen[str]) -> None:
@@ -392,18 +355,18 @@ def test_killed_retraining_goes_on_to_the_same_bank(influence: Influence, copy: 
     process = command("evaluate", copy, "lds", *words)
     wait_for("evaluations/*/subset-00000-seed-0", copy, process)
     process.send_signal(signal.SIGSTOP)  # or it would be done before it is met
-    refused(influence("evaluate", copy, "lds", *words), "another process is working on")
+    influence("evaluate", copy, "lds", *words).says("another process is working on")
     process.send_signal(signal.SIGKILL)
     finish(process)
     (place,) = copy.glob("evaluations/retrained-*")
     (place / ".partial-left").mkdir(exist_ok=True)
     before = units(copy)
     assert 1 <= len(before) < 4
-    resumed = found(influence("evaluate", copy, "lds", *words))
+    resumed = influence("evaluate", copy, "lds", *words).json
     assert {name: units(copy)[name] for name in before} == before
     assert not list(place.glob(".partial-*"))
     undisturbed = Path(shutil.copytree(finished, copy.with_name("undisturbed")))
-    other = found(influence("evaluate", undisturbed, "lds", *words))
+    other = influence("evaluate", undisturbed, "lds", *words).json
     assert Path(resumed["bank"]).read_bytes() == Path(other["bank"]).read_bytes()
     assert resumed["methods"][0]["per_query"] == other["methods"][0]["per_query"]
 

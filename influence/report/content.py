@@ -79,6 +79,7 @@ def _query(query: Mapping[str, Any], number: int, taken: set[str]) -> tuple[dict
         "num_layers": len(names),
         "modules": layer_names.modules_of_a_block(names),
         "lexical": lexical,
+        "overlap": words.overlap(query.get("bm25")),
         "spread": spread,
         "tail_sentence": words.tail_sentence(spread) if spread else "",
         "coverage": _coverage(query.get("coverage") or {}, where),

@@ -79,6 +79,12 @@ def tail_sentence(distribution: Mapping[str, Any]) -> str:
     return "; ".join(said) + "." if said else ""
 
 
+def overlap(lexical: Mapping[str, Any] | None) -> str:
+    """How far lexical search and influence agree on what helped, as a sentence; nothing where that was not asked."""
+    found = len((lexical or {}).get("results") or [])
+    return f"{(lexical or {}).get('overlap')} of the first {found} that BM25 finds are among those that helped." if found else ""
+
+
 def trust(provenance: Mapping[str, Any]) -> list[str]:
     """What was approximated in an answer and how well that is known, as sentences."""
     several = provenance.get("averaged_over") or []
