@@ -177,7 +177,7 @@ def _asked(
         known = np.arange(len(run.store)) if allowed is None else np.flatnonzero(allowed)
         estimates = run.exact_scores(vectors, attributed, progress)[:, known]
     else:
-        known = run.sample if allowed is None else run.sample[allowed[run.sample]]
+        known = run.sample(allowed)
         estimates = row_scores(rows, run.rows, known).astype(np.float64)
     return _Asked(
         run=run,
@@ -203,6 +203,8 @@ def solved(
         raise RequestError(f"refinement needs a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}")
     order = run.hash_order(run.factors_config.seed)
     sequences = [run.training[int(number)] for number in np.sort(order[run.live[order]][: options.sequences])]
+    if not sequences:
+        raise RequestError(f"refine: every training sequence was removed from {run.directory}, and the exact Hessian is averaged over them")
     share = options.training_share if run.optimizer_state else 1.0
     damping = {layer.name: run.refining_damping[layer.name] / share for layer in attributed.layers}
     solution = refine(attributed, gradients, run.factors, damping, sequences, options, progress)
@@ -277,7 +279,7 @@ def _result(
     identity: list[Any] = [{**query, "token_log_probabilities": None, "log_probability": None}, _plain(options)]
     identity += [one.run.optimizer_digest for one in asked if options.refine]
     identity += [one.run.directory.living.to_json() for one in asked if one.run.directory.living != Living()]
-    lexical = first.lexical.scores(f"{measurement.prompt}{measurement.completion}", len(first.store)) if options.bm25 else None
+    lexical = _lexical_scores(asked[0], measurement) if options.bm25 else None
     sequences = tuple(_ranked(asked, lexical, ranking))
     distribution = _distribution(estimates / len(first.training)) | {
         "estimated_from": "exact scan"
@@ -298,10 +300,16 @@ def _result(
     )
 
 
+def _lexical_scores(asked: _Asked, measurement: Measurement) -> NDArray[np.float64]:
+    """[N]: BM25 of every sequence that may be found, zero for the others."""
+    scores = asked.run.lexical.scores(f"{measurement.prompt}{measurement.completion}", len(asked.run.store))
+    return scores if asked.allowed is None else np.where(asked.allowed, scores, 0)
+
+
 def _lexical_facts(asked: _Asked, scores: NDArray[np.float64], shown: Sequence[RankedSequence], k: int) -> dict[str, Any]:
     """What lexical search would have answered, and how many of its results are among those of influence."""
     run = asked.run
-    order = best(np.where(True if asked.allowed is None else asked.allowed, scores, 0)[None], k).numbers[0]
+    order = best(scores[None], k).numbers[0]
     found = [(run.store[int(number)], float(scores[number])) for number in order if scores[number] > 0]
     ids = {name for sequence in shown for name in (sequence.id, *(other for other, _ in sequence.duplicates))}
     return {

@@ -44,14 +44,20 @@ class Run:
         self.model_config = ModelConfig(name=model or sources["model"], revision=sources["revision"], **settings["model"])
         self.factors_config = FactorsConfig(**settings["factors"])
         self.index_config = IndexConfig(**settings["index"])
-        self.appended = self.directory.living.appended  # as of now: later ones are seen when the run is opened again
+        self._opened_with = self.directory.living  # what is appended later is seen when the run is opened again
+        self.appended = self._opened_with.appended
         self._hash_orders: dict[int, NDArray[np.int64]] = {}
 
     def path_of(self, stage: str, unit: str = "all", fingerprint: str | None = None) -> Path:
         """Where a finished unit's files are. Raises RequestError when it is not done, stale or damaged."""
         if not self.directory.is_done(stage, unit, fingerprint or self.fingerprints[stage]):
+            if self.directory.living != self._opened_with:
+                raise self._changed()
             raise RequestError(f"{self.directory} is not finished: {stage}/{unit} is missing; `influence run` goes on where it stopped")
         return self.directory.unit_path(stage, unit)
+
+    def _changed(self) -> RequestError:
+        return RequestError(f"{self.directory} was changed since it was opened: open it again")
 
     @property
     def shards(self) -> list[str]:
@@ -171,7 +177,9 @@ class Run:
 
     @cached_property
     def lexical(self) -> LexicalSearch:
-        return read_lexical(self.path_of("lexical", self.directory.living.lexical_unit))
+        if self.directory.living.appended != self.appended:  # there is one lexical index, and it has more texts now
+            raise self._changed()
+        return read_lexical(self.path_of("lexical"))
 
     @cached_property
     def measures_fidelity(self) -> bool:
@@ -186,10 +194,14 @@ class Run:
             return None
         return Fidelity.from_json(json.loads((self.path_of("fidelity") / "fidelity.json").read_text(encoding="utf-8")))
 
+    def sample(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+        """The numbers, ascending, of up to 10,000 of the allowed sequences, by hash of their ids: what distributions are estimated from."""
+        order = self._order_of_all
+        return np.sort((order if allowed is None else order[allowed[order]])[:SAMPLE_SIZE])
+
     @cached_property
-    def sample(self) -> NDArray[np.int64]:
-        """The numbers, ascending, of up to 10,000 sequences that distributions are estimated from."""
-        return np.sort(_hash_order(self.store.ids, self.index_config.seed)[:SAMPLE_SIZE])
+    def _order_of_all(self) -> NDArray[np.int64]:
+        return _hash_order(self.store.ids, self.index_config.seed)
 
     @property
     def live(self) -> NDArray[np.bool_]:

@@ -137,7 +137,7 @@ class RunDirectory:
             return Living()
         version = (facts.st_mtime_ns, facts.st_size)
         if self._living is None or self._living[0] != version:
-            self._living = (version, Living.from_json(path.read_text(encoding="utf-8"), str(path)))
+            self._living = (version, Living.from_json(path.read_bytes(), str(path)))
         return self._living[1]
 
     def write_living(self, living: Living) -> None:
@@ -252,8 +252,9 @@ class RunDirectory:
     def forget_answers(self, ids: Collection[str]) -> None:
         """Removes the kept answers and the report that may show these sequences."""
         for path in (self.path / "answers").glob("*.json"):
-            shown = _read_answer(path).get("results", [])
-            if any(one["id"] in ids or any(other["id"] in ids for other in one["duplicates"]) for one in shown):
+            answer = _read_answer(path)
+            shown = [*answer.get("results", []), *(answer.get("bm25") or {}).get("results", [])]
+            if any(one["id"] in ids or any(other["id"] in ids for other in one.get("duplicates", [])) for one in shown):
                 path.unlink()
         (self.path / "report.html").unlink(missing_ok=True)
 

@@ -200,7 +200,7 @@ def _write_shard(path: Path, sequences: Iterable[TrainingSequence]) -> None:
 
 
 def write_erased(directory: Path, source: Path, erased: Collection[int]) -> None:
-    """Fills `directory` with the sequences of the directory `source`, those of these numbers as their ids alone."""
+    """Fills `directory` with the sequences of the directory `source`, those of these numbers as their ids and those of their documents alone."""
     summary = json.loads((source / "summary.json").read_text(encoding="utf-8"))
     store, first = SequenceStore(source), 0
     for shard, size in enumerate(summary["shards"]):
@@ -212,7 +212,9 @@ def write_erased(directory: Path, source: Path, erased: Collection[int]) -> None
 
 def _emptied(sequence: TrainingSequence) -> TrainingSequence:
     nothing = np.zeros(0, dtype=np.int32)
-    return TrainingSequence(id=sequence.id, document="", tokens=nothing, counted=nothing.astype(np.bool_), text="", metadata={})
+    return TrainingSequence(
+        id=sequence.id, document=sequence.document, tokens=nothing, counted=nothing.astype(np.bool_), text="", metadata={}
+    )
 
 
 def shard_name(shard: int) -> str:
@@ -249,7 +251,7 @@ class SequenceStore:
         return (json.loads(text) for text in self._column("metadata"))
 
     def _column(self, name: str) -> list[str]:
-        columns = (pa.parquet.read_table(path, columns=[name])[name] for path in self._files)
+        columns = (_read_table(path, [name])[name] for path in self._files)
         return [value for column in columns for value in column.to_pylist()]
 
     def __len__(self) -> int:
@@ -273,7 +275,7 @@ class SequenceStore:
             yield from self._read_shard(shard)
 
     def _read_shard(self, number: int) -> tuple[TrainingSequence, ...]:
-        rows = pa.parquet.read_table(self._files[number]).to_pylist()
+        rows = _read_table(self._files[number]).to_pylist()
         return tuple(
             TrainingSequence(
                 id=row["id"],
@@ -285,3 +287,10 @@ class SequenceStore:
             )
             for row in rows
         )
+
+
+def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pa.parquet.read_table(path, columns=columns)
+    except FileNotFoundError:
+        raise RequestError(f"{path} is gone: sequences were erased since the run was opened; open it again") from None

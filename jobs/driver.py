@@ -33,6 +33,10 @@ def run_all(config: Config, until: str | None = None) -> Run:
             missing = [unit for unit in units if not run.directory.is_done(stage.name, unit, run.fingerprints[stage.name])]
             if not missing:
                 continue
+            if run.directory.living.erased:
+                raise RequestError(
+                    f"{run.directory} lacks {stage.name}/{missing[0]}, which cannot be made again, for sequences were erased: restore it from a copy"
+                )
             if executor is None:
                 executor = _executor(config, run, stack)
             _do_stage(stage, units, missing, run, executor)

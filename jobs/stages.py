@@ -280,15 +280,16 @@ def _fidelity(run: Run, _: Config, unit: str) -> Write:
     exact[np.arange(len(queries)), [number for number, _ in queries]] = -np.inf
     vectors = _preconditioned(run, [measurement for _, measurement in queries])
     rows = np.concatenate([query_rows(one, run.factors, run.features, run.signs) for one in vectors])
+    trained = np.arange(len(run.store)) < len(run.training) if run.appended else None
     ends = {}
     for normalized, index in ((False, run.index), (True, run.normalized_index)):
-        scores = exact * run.normalizing_weights if normalized else exact
+        scores = exact * run.normalizing_weights[: len(run.training)] if normalized else exact
         for opponents, sign in ((False, 1), (True, -1)):
             truth = np.where(np.isfinite(exact), sign * scores, -np.inf)
-            found = index.search(np.float32(sign) * rows, max(DEPTHS) + 1).numbers
+            found = index.search(np.float32(sign) * rows, min(max(DEPTHS) + 1, len(run.training)), trained).numbers
             others = np.stack([_without(row, number) for row, (number, _) in zip(found, queries, strict=True)])
             ends[end_name(normalized, opponents)] = end_fidelity(truth, others)
-    sample = run.sample
+    sample = run.sample(trained)
     spearman = rank_correlation(exact[:, sample], row_scores(rows, run.rows, sample))
     measured = Fidelity(num_queries=len(queries), spearman=spearman, ends=ends)
 
