@@ -53,6 +53,8 @@ class Run:
         if not self.directory.is_done(stage, unit, fingerprint or self.fingerprints[stage]):
             if self.directory.living != self._opened_with:
                 raise self._changed()
+            if unit.startswith("append-"):
+                raise RequestError(f"{self.directory} is damaged: {stage}/{unit}, which was appended, is missing; restore it from a copy")
             raise RequestError(f"{self.directory} is not finished: {stage}/{unit} is missing; `influence run` goes on where it stopped")
         return self.directory.unit_path(stage, unit)
 

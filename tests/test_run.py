@@ -221,8 +221,9 @@ def with_layers(config: Config) -> Run:
     """The run brought as far as its layers and sequences."""
     create_run(config)
     run = open_run(config.run.dir)
-    for stage in STAGES[:2]:
-        do_unit(stage, run, config, "all")
+    for stage in STAGES:
+        if stage.name in ("sequences", "layers"):
+            do_unit(stage, run, config, "all")
     return run
 
 
