@@ -250,7 +250,9 @@ class RunDirectory:
         return path
 
     def forget_answers(self, ids: Collection[str]) -> None:
-        """Removes the kept answers and the report that may show these sequences."""
+        """Removes the kept answers and the report that may show these sequences, and what killed processes left of others."""
+        for left in (*(self.path / "answers").glob(".*"), *self.path.glob(".report.html.*")):
+            left.unlink(missing_ok=True)
         for path in (self.path / "answers").glob("*.json"):
             answer = _read_answer(path)
             shown = [*answer.get("results", []), *(answer.get("bm25") or {}).get("results", [])]

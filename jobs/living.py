@@ -130,7 +130,7 @@ def _with_lexical(run: Run, after: Living, texts: Iterable[str]) -> Living:
 def read_ids(path: Path) -> list[str]:
     """Ids from a file: one a line, or jsonl with an `id`. Raises RequestError when it cannot be read or holds none."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     found = []

@@ -17,7 +17,7 @@ import pytest
 
 from influence.report import layers as layer_names
 from influence.report import render_report, spelling, words
-from influence.report.content import packed
+from influence.report.content import content, packed
 from influence.report.render import LIMIT_BYTES, embeddable
 
 HOSTILE = "</script></style><script>window.intruded = 1</script><img src=x onerror='window.intruded = 1'>\"><b>"
@@ -226,6 +226,19 @@ def test_texts_and_scores_are_there_without_a_script() -> None:
         assert result["text"] in paragraphs
         assert words.signed(result["score"]) in "".join(page.text["b"])
     assert "".join([given["query"]["prompt"], given["query"]["completion"]]) in paragraphs
+
+
+def test_near_duplicates_are_named_beside_the_rank() -> None:
+    one = query()
+    one["results"][0]["duplicates"] = [{"id": "copy-1", "score": 0.1}, {"id": "copy<2>", "score": 0.1}]
+    one["bm25"] = {"overlap": 2, "results": [{"id": "a"}, {"id": "b"}, {"id": "c"}]}
+    pages, _ = content(report(one))
+    first = pages[0]["helped"][0]
+    assert (first["rank"], first["metadata"][-1]) == ("1", ("2 near-duplicates, not shown", "copy-1, copy<2>"))
+    html = render_report(report(one))
+    assert "2 near-duplicates, not shown" in html
+    assert "copy&lt;2&gt;" in html
+    assert "2 of the first 3 that BM25 finds are among those that helped." in html
 
 
 def test_scores_by_run_are_drawn_and_put_in_words() -> None:

@@ -149,8 +149,8 @@ def _sequence(
     bm25 = result.get("bm25_rank")
     metadata = dict(result.get("metadata") or {})
     if duplicates := result.get("duplicates"):
-        label = f"{len(duplicates)} near-duplicate{'s' if len(duplicates) > 1 else ''}, not shown"
-        metadata[label] = ", ".join(str(duplicate["id"]) for duplicate in duplicates)
+        how_many = f"{len(duplicates)} near-duplicate{'s' if len(duplicates) > 1 else ''}, not shown"
+        metadata[how_many] = ", ".join(str(duplicate["id"]) for duplicate in duplicates)
     page = {
         "rank": label,
         "name": spelling.shown(name),
