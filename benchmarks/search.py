@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from indexing import RowFormat, RowIndex, open_rows, row_length_within
 
 SIZES = (10**4, 10**5, 10**6, 10**7)
-SHARD = 50_000
+SHARD = 512  # as data.sequences_per_shard has it
 
 
 def write_rows(directory: Path, row_format: RowFormat, count: int, planted: NDArray[np.float32]) -> list[Path]:
@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=10**6, help="largest number of rows that is run (1000000)")
     parser.add_argument("--queries", type=int, default=20, help="queries the median is over (20)")
     given = parser.parse_args()
+    assert given.most >= SIZES[1], "--most: two sizes are needed for the line"
+    assert 16 <= given.queries <= 100, "--queries: between 16 and 100"
     row_format = RowFormat(encoding="bit", length=row_length_within("bit", given.bytes))
     queries = np.random.default_rng(1).normal(size=(given.queries, row_format.length)).astype(np.float32)
     print(f"{given.bytes} bytes a row, {row_format.length:,} bits; 200 candidates; medians of {given.queries} queries")

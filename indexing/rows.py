@@ -3,8 +3,10 @@
 Knows nothing of what the rows mean.
 """
 
+import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +17,8 @@ from torch import Tensor
 Encoding = Literal["float16", "int8", "bit"]
 
 SCALE_BYTES = 4
+LARGEST = 1e18
+"""Beyond which scales, and products with them, leave float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,9 @@ class RowFormat:
         values = rows.float().cpu().numpy()
         with np.errstate(over="ignore"):  # float16 makes infinity of what is too large
             stored = values.astype(np.float16) if self.encoding == "float16" else values
-        if not np.isfinite(stored).all():
-            number = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+        possible = np.isfinite(stored).all(axis=1) & (np.abs(values) < LARGEST).all(axis=1)
+        if not possible.all():
+            number = int(np.flatnonzero(~possible)[0])
             raise ValueError(
                 f"row {number} of the batch is not finite in {stored.dtype} (its largest entry is {np.abs(values[number]).max():.3g})"
             )
@@ -125,17 +130,22 @@ class RowShards:
 
     def take(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The encoded rows of these numbers, in their order."""
-        starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
-        places = np.searchsorted(starts, numbers, side="right") - 1
+        order = np.argsort(numbers, kind="stable")
+        ends = np.searchsorted(numbers[order], self._starts)
         taken = np.empty((len(numbers), self.format.bytes_per_row), dtype=np.uint8)
-        for place in np.unique(places):
-            here = places == place
-            taken[here] = self.shards[place][numbers[here] - starts[place]]
+        for shard in np.flatnonzero(np.diff(ends)):
+            here = order[ends[shard] : ends[shard + 1]]
+            taken[here] = self.shards[shard][numbers[here] - self._starts[shard]]
         return taken
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *(len(shard) for shard in self.shards)])
 
 
 def open_rows(paths: Sequence[Path], row_format: RowFormat) -> RowShards:
     """The shards in `paths`, in this order. Raises ValueError for a file that does not hold rows of this format."""
+    _allow_open_files(len(paths))
     shards = []
     for path in paths:
         shard = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -148,3 +158,10 @@ def open_rows(paths: Sequence[Path], row_format: RowFormat) -> RowShards:
     if not shards:
         raise ValueError("an index needs at least one shard of rows")
     return RowShards(format=row_format, shards=tuple(shards))
+
+
+def _allow_open_files(count: int) -> None:
+    """A mapped file stays open, and the usual limit is 1,024 of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count + 1024:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count + 1024 if hard == resource.RLIM_INFINITY else min(hard, count + 1024), hard))

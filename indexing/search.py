@@ -85,8 +85,8 @@ class _Sketch:
 
     def search(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None) -> list[NDArray[np.int64]]:
         """The numbers of about `count` rows for each query."""
-        sketched = self._kept.of(queries)
-        with ThreadPoolExecutor(len(self._parts)) as threads:
+        sketched, _ = _small(self._kept.of(queries))
+        with ThreadPoolExecutor(len(self._parts), initializer=_faiss().omp_set_num_threads, initargs=(1,)) as threads:
             parts = list(threads.map(lambda place: self._search_part(place, sketched, count, allowed), range(len(self._parts))))
         numbers = np.concatenate([numbers for _, numbers in parts], axis=1)
         merged = best(np.concatenate([scores for scores, _ in parts], axis=1), count).numbers
@@ -176,10 +176,20 @@ def _scores(queries: NDArray[np.float32], codes: NDArray[np.uint8], row_format: 
     signs = codes[:, :-4]
     index = _rabitq(8 * signs.shape[1], ROW_QUERY_BITS)
     index.add_sa_codes(_rabitq_codes(signs, row_format.scales(codes)))
-    found, numbers = index.search(np.pad(queries, ((0, 0), (0, -row_format.length % 8))), len(codes))
+    small, sizes = _small(np.pad(queries, ((0, 0), (0, -row_format.length % 8))))
+    found, numbers = index.search(small, len(codes))
     scores: NDArray[np.float32] = np.empty_like(found)
-    np.put_along_axis(scores, numbers, found, axis=1)
+    np.put_along_axis(scores, numbers, found * sizes, axis=1)
     return scores
+
+
+def _small(queries: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(queries of norm 1e-10, what their products are to be multiplied by, [Q, 1]).
+
+    FAISS takes an inner product from a squared distance less ‖q‖²; of a query much longer than the rows nothing would be left of it.
+    """
+    sizes = 1e10 * np.linalg.norm(queries, axis=1, keepdims=True).astype(np.float64)
+    return (queries / np.where(sizes > 0, sizes, 1)).astype(np.float32), sizes.astype(np.float32)
 
 
 def exact_search(queries: NDArray[np.float32], rows: RowShards, k: int) -> Candidates:
@@ -190,7 +200,12 @@ def exact_search(queries: NDArray[np.float32], rows: RowShards, k: int) -> Candi
 
 def best(scores: NDArray[Any], k: int) -> Candidates:
     """The k largest scores of each row of [Q, N], ties to the lower number."""
-    numbers = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    count = min(k, scores.shape[1])
+    numbers = np.empty((len(scores), count), dtype=np.int64)
+    for row, found in zip(scores, numbers, strict=True):
+        least = np.partition(row, len(row) - count)[len(row) - count] if count else np.inf
+        near = np.flatnonzero(row >= least)  # more than k only when some are equal
+        found[:] = near[np.argsort(-row[near], kind="stable")[:count]]
     return Candidates(numbers=numbers, scores=np.take_along_axis(scores, numbers, axis=1))
 
 

@@ -85,13 +85,17 @@ def _answers(
     runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, signs: Sequence[float], progress: Progress
 ) -> list[list[InfluenceResult]]:
     check_alike(runs)
+    allowed = _allowed(runs, options.where)
     groups = in_groups(measurements, runs[0], options.refine)
-    return [results for group in groups for results in _answers_of_group(runs, group, options, signs, progress)]
+    return [results for group in groups for results in _answers_of_group(runs, group, options, signs, allowed, progress)]
 
 
 def _allowed(runs: Sequence["Run"], where: str | None) -> NDArray[np.bool_] | None:
-    """[N]: which sequences may be found, having been removed from none of the runs; None when all may. Raises RequestError when none may."""
-    masks = [mask for mask in (run.allowed(where) for run in runs) if mask is not None]
+    """[N]: which sequences may be found, having been removed from none of the runs; None when all may. Raises RequestError when none may.
+
+    The condition is on the first run's metadata.
+    """
+    masks = [mask for run in runs if (mask := run.allowed(where if run is runs[0] else None)) is not None]
     if not masks:
         return None
     allowed: NDArray[np.bool_] = np.logical_and.reduce(masks)
@@ -162,11 +166,16 @@ class _Asked:
     def scores(self, place: int, numbers: Sequence[int]) -> SequenceScores:
         """Exact scores of these sequences for one query."""
         one = {name: vector[place] for name, vector in self.vectors.items()}
-        return score_sequences(self.attributed, one, [self.run.store[number] for number in numbers]).times(self.weights[list(numbers)])
+        return score_sequences(self.attributed, one, self.run.store.select(numbers)).times(self.weights[list(numbers)])
 
 
 def _asked(
-    run: "Run", measurements: Sequence[Measurement], options: QueryOptions, allowed: NDArray[np.bool_] | None, progress: Progress
+    run: "Run",
+    measurements: Sequence[Measurement],
+    options: QueryOptions,
+    allowed: NDArray[np.bool_] | None,
+    known: NDArray[np.int64],
+    progress: Progress,
 ) -> _Asked:
     attributed = selected(run.attributed, options.layers)
     found = query_gradients(attributed, measurements)
@@ -174,10 +183,8 @@ def _asked(
     weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
     rows = None if options.exact else query_rows(vectors, run.factors, run.features, run.signs)
     if rows is None:
-        known = np.arange(len(run.store)) if allowed is None else np.flatnonzero(allowed)
-        estimates = run.exact_scores(vectors, attributed, progress)[:, known]
+        estimates = run.exact_scores(vectors, attributed, progress, allowed)[:, known]
     else:
-        known = run.sample(allowed)
         estimates = row_scores(rows, run.rows, known).astype(np.float64)
     return _Asked(
         run=run,
@@ -223,11 +230,18 @@ def selected(everything: AttributedModel, patterns: Sequence[str]) -> Attributed
 
 
 def _answers_of_group(
-    runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, signs: Sequence[float], progress: Progress
+    runs: Sequence["Run"],
+    measurements: Sequence[Measurement],
+    options: QueryOptions,
+    signs: Sequence[float],
+    allowed: NDArray[np.bool_] | None,
+    progress: Progress,
 ) -> list[list[InfluenceResult]]:
     start = time.perf_counter()
-    allowed = _allowed(runs, options.where)
-    asked = [_asked(run, measurements, options, allowed, progress) for run in runs]
+    known = runs[0].sample(allowed)
+    if options.exact:
+        known = np.arange(len(runs[0].store)) if allowed is None else np.flatnonzero(allowed)
+    asked = [_asked(run, measurements, options, allowed, known, progress) for run in runs]
     estimates = np.mean([one.estimates for one in asked], axis=0)
     chosen = {}
     for sign in signs:
@@ -321,7 +335,8 @@ def _lexical_facts(asked: _Asked, scores: NDArray[np.float64], shown: Sequence[R
 def _ranked(asked: list[_Asked], lexical: NDArray[np.float64] | None, ranking: _Ranking) -> list[RankedSequence]:
     run, layers = asked[0].run, asked[0].attributed.layers
     total = len(run.training)
-    places = ranks(lexical, ranking.numbers) if lexical is not None else [None] * len(ranking.numbers)
+    shown = [ranking.numbers[ranking.order[group[0]]] for group in ranking.groups]
+    places = ranks(lexical, shown) if lexical is not None else [None] * len(shown)
     ranked = []
     for rank, group in enumerate(ranking.groups, 1):
         place, *others = ranking.order[group]
@@ -337,8 +352,8 @@ def _ranked(asked: list[_Asked], lexical: NDArray[np.float64] | None, ranking: _
                 metadata=sequence.metadata,
                 layers={layer.name: float(share) for layer, share in zip(layers, by_layer, strict=True)},
                 tokens=[(token, float(share)) for token, share in zip(run.token_texts(sequence.tokens), by_token, strict=True)],
-                bm25_rank=places[place],
-                duplicates=tuple((run.store[ranking.numbers[other]].id, float(ranking.scores.totals[other]) / total) for other in others),
+                bm25_rank=places[rank - 1],
+                duplicates=tuple((run.store.ids[ranking.numbers[other]], float(ranking.scores.totals[other]) / total) for other in others),
                 runs=runs if len(asked) > 1 else {},
             )
         )
@@ -432,7 +447,14 @@ def _quality(asked: list[_Asked], measurement: Measurement, options: QueryOption
     if options.exact:
         return {"recall_at_10": 1.0, "ndcg_at_20": 1.0}
     run, fidelity = asked[0].run, asked[0].run.fidelity
-    special = options.layers or options.refine or options.where or measurement.contrast is not None or measurement.span is not None
+    special = (
+        options.layers
+        or options.refine
+        or options.where
+        or run.appended
+        or measurement.contrast is not None
+        or measurement.span is not None
+    )
     if special or len(asked) > 1 or fidelity is None:
         return {"recall_at_10": None, "ndcg_at_20": None}
     end = fidelity.end(options.normalize, opponents)

@@ -22,8 +22,8 @@ from influence.errors import RequestError
 # fmt: off
 FUNCTIONS = frozenset([
     "->", "->>", "abs", "coalesce", "date", "datetime", "glob", "ifnull", "iif", "instr", "json_array_length", "json_extract", "json_type",
-    "json_valid", "julianday", "length", "like", "lower", "ltrim", "max", "min", "nullif", "round", "rtrim", "sign", "strftime", "substr",
-    "substring", "time", "trim", "typeof", "unicode", "upper",
+    "json_valid", "julianday", "length", "like", "lower", "max", "min", "nullif", "round", "sign", "strftime", "substr",
+    "substring", "time", "typeof", "unicode", "upper",
 ])
 # fmt: on
 """What a condition may call. Nothing here makes much text of little (as replace, hex and printf do) or tells of the machine."""

@@ -49,10 +49,11 @@ def read_lexical(directory: Path) -> LexicalSearch:
 
 def ranks(scores: NDArray[np.float64], numbers: Sequence[int]) -> list[int | None]:
     """The rank, from 1, of each of `numbers` by these scores, ties to the lower number; None where the score is zero."""
-    order = np.argsort(-scores, kind="stable")
-    places = np.empty(len(scores), dtype=np.int64)
-    places[order] = np.arange(1, len(scores) + 1)
-    return [int(places[number]) if scores[number] > 0 else None for number in numbers]
+    return [_rank(scores, number) if scores[number] > 0 else None for number in numbers]
+
+
+def _rank(scores: NDArray[np.float64], number: int) -> int:
+    return 1 + int((scores > scores[number]).sum() + (scores[:number] == scores[number]).sum())
 
 
 def _index(texts: Iterable[str]) -> bm25s.BM25 | None:

@@ -132,7 +132,10 @@ class Run:
         """How this run's rows are made."""
         summary = artifacts.read_factor_summary(self.path_of("factors"))
         weights = {name: facts["row_weight"] for name, facts in summary.items()}
-        return feature_spec(self.coverage.layers, weights, self.index_config.row_length, self.index_config.seed)
+        try:
+            return feature_spec(self.coverage.layers, weights, self.index_config.row_length, self.index_config.seed)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
 
     @cached_property
     def signs(self) -> dict[str, Spreader]:
@@ -281,11 +284,16 @@ class Run:
         return answer([self], measurements, options, progress)
 
     def exact_scores(
-        self, vectors: dict[str, torch.Tensor], attributed: AttributedModel | None = None, progress: Progress = ignore
+        self,
+        vectors: dict[str, torch.Tensor],
+        attributed: AttributedModel | None = None,
+        progress: Progress = ignore,
+        allowed: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.float64]:
-        """⟨vector q, gradient of sequence n⟩ for every sequence, [Q, number of them], by a pass over all; zero for those that were removed."""
+        """⟨vector q, gradient of sequence n⟩ for every sequence, [Q, number of them], by a pass over all that are allowed (all that were not
+        removed); zero for the others."""
         scores = np.zeros((len(next(iter(vectors.values()))), len(self.store)))
-        live = self.live
+        live = self.live if allowed is None else allowed
         for shard, start in enumerate(self.store.starts[:-1]):
             progress(int(start), len(self.store))
             sequences = self.store.shard(shard)

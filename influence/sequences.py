@@ -4,7 +4,7 @@ Knows tokens, not models.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -234,7 +234,7 @@ class SequenceStore:
             directory / shard_name(n) for directory, s in zip(directories, summaries, strict=True) for n in range(len(s["shards"]))
         ]
         self.starts = np.concatenate([[0], np.cumsum(self.summary["shards"])])
-        self._read = lru_cache(maxsize=16)(self._read_shard)
+        self._table = lru_cache(maxsize=16)(_read_table)
 
     @cached_property
     def ids(self) -> list[str]:
@@ -262,31 +262,33 @@ class SequenceStore:
         return len(self.summary["shards"])
 
     def shard(self, number: int) -> tuple[TrainingSequence, ...]:
-        return self._read(number)
+        return tuple(_sequence(row) for row in self._table(self._files[number]).to_pylist())
 
     def __getitem__(self, number: int) -> TrainingSequence:
         if not 0 <= number < len(self):
             raise IndexError(f"there is no sequence {number}: the run has {len(self)}")
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return self.shard(shard)[number - int(self.starts[shard])]
+        return _sequence(self._table(self._files[shard]).slice(number - int(self.starts[shard]), 1).to_pylist()[0])
+
+    def select(self, numbers: Sequence[int]) -> list[TrainingSequence]:
+        """The sequences of these numbers, in their order; each shard is read once."""
+        found = {number: self[number] for number in sorted(numbers)}
+        return [found[number] for number in numbers]
 
     def __iter__(self) -> Iterator[TrainingSequence]:
         for shard in range(self.num_shards):
-            yield from self._read_shard(shard)
+            yield from self.shard(shard)
 
-    def _read_shard(self, number: int) -> tuple[TrainingSequence, ...]:
-        rows = _read_table(self._files[number]).to_pylist()
-        return tuple(
-            TrainingSequence(
-                id=row["id"],
-                document=row["document"],
-                tokens=np.array(row["tokens"], dtype=np.int32),
-                counted=np.array(row["counted"], dtype=np.bool_),
-                text=row["text"],
-                metadata=json.loads(row["metadata"]),
-            )
-            for row in rows
-        )
+
+def _sequence(row: Mapping[str, Any]) -> TrainingSequence:
+    return TrainingSequence(
+        id=row["id"],
+        document=row["document"],
+        tokens=np.array(row["tokens"], dtype=np.int32),
+        counted=np.array(row["counted"], dtype=np.bool_),
+        text=row["text"],
+        metadata=json.loads(row["metadata"]),
+    )
 
 
 def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from influence.errors import RequestError
 from influence.evaluation.fidelity import RankingFidelity, ranking_fidelities
 from influence.run import Run
 from influence.run_directory import write_json
@@ -84,6 +85,12 @@ def measure_fidelity(run: Run, asked: Asked | None, num_sequences: int, director
     order = run.hash_order(run.index_config.seed)
     numbers = np.sort(order[run.live[order]][:num_sequences])
     queries: Sequence[Any] = [(None, measurement) for _, measurement in asked] if asked else sample_queries(run)
+    if not queries:
+        raise RequestError(
+            f"there are no queries to measure {run.directory} with: give --queries FILE, for index.recall_queries is 0 or no sequence fits"
+        )
+    if len(numbers) < 2:
+        raise RequestError(f"{run.directory} has fewer than two training sequences left: there is nothing to rank")
     own = [number for number, _ in queries]
     with bar("rows of every size") as progress:
         found = ranking_fidelities(run, [measurement for _, measurement in queries], numbers, own, progress.advance)

@@ -276,6 +276,8 @@ def _fidelity_units(run: Run) -> Sequence[str]:
 def _fidelity(run: Run, _: Config, unit: str) -> Write:
     """How close the index comes to the exact scores of the sample queries; a query's own sequence does not count."""
     queries = sample_queries(run)
+    if not queries:
+        raise RequestError(f"no training sequence of {run.directory} can be asked as a query any more: set index.recall_queries to 0")
     exact = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
     exact[np.arange(len(queries)), [number for number, _ in queries]] = -np.inf
     vectors = _preconditioned(run, [measurement for _, measurement in queries])

@@ -210,6 +210,14 @@ def test_fidelity_can_be_known_before_the_index_is_built(world: World, tmp_path:
         run_all(load_config(None, flat), until="nothing")
 
 
+def test_nothing_to_ask_is_refused(world: World, tmp_path: Path, influence: Influence) -> None:
+    run_pipeline(world.settings(tmp_path / "run", index={"recall_queries": 0}))
+    influence("evaluate", tmp_path / "run", "fidelity").says("give --queries FILE, for index.recall_queries is 0")
+    narrow = world.settings(tmp_path / "narrow", index={"bytes_per_sequence": 5})
+    with pytest.raises(RequestError, match=r"index\.bytes_per_sequence is 5, which in bit is 8 numbers, fewer than the 15 layers"):
+        run_pipeline(narrow)
+
+
 def test_queries_of_the_users_are_measured_too(finished: Path, tmp_path: Path, influence: Influence) -> None:
     queries = write_jsonl(tmp_path / "queries.jsonl", [{"prompt": QUERY[0], "completion": QUERY[1]}, {"text": "The Tagus froze again."}])
     found = influence("evaluate", finished, "fidelity", "--queries", queries, "--out", tmp_path / "out", "--json").json

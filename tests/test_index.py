@@ -1,5 +1,6 @@
 """Rows and search: sketches that keep inner products, shards on disk, FAISS against brute force."""
 
+import resource
 from pathlib import Path
 
 import faiss
@@ -16,6 +17,7 @@ from indexing import (
     RowIndex,
     RowShards,
     Spreader,
+    best,
     exact_search,
     feature_rows,
     feature_spec,
@@ -117,6 +119,37 @@ def test_sketch_finds_what_whole_rows_would(encoding: Encoding) -> None:
     np.testing.assert_allclose(index.search(queries, 10).scores, expected.scores, rtol=0.02)
 
 
+@pytest.mark.parametrize("shortlist", [None, 100])
+@pytest.mark.parametrize("size", [1e-12, 1e7])
+def test_length_of_a_query_makes_no_difference(shortlist: int | None, size: float) -> None:
+    # FAISS takes inner products from squared distances, of which a long query would leave nothing.
+    rows, queries = shards_of(heavy_tailed_rows(400, 256), [400], "bit"), some_queries(3, 256)
+    index = RowIndex(rows, shortlist=shortlist)
+    found, expected = index.search(np.float32(size) * queries, 10), index.search(queries, 10)
+    assert recall(found.numbers, expected.numbers) > 0.95
+    np.testing.assert_allclose(found.scores, np.float32(size) * expected.scores, rtol=1e-2)
+
+
+def test_best_prefers_the_lower_number_among_equals() -> None:
+    scores = np.array([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]], dtype=np.float32)
+    for k in range(8):
+        np.testing.assert_array_equal(best(scores, k).numbers, np.argsort(-scores, axis=1, kind="stable")[:, :k])
+
+
+def test_more_shards_than_files_may_be_open_can_be_searched(tmp_path: Path) -> None:
+    rows = heavy_tailed_rows(300, 8)
+    written = shards_of(rows, [1] * 300)
+    for place, shard in enumerate(written.shards):
+        np.save(tmp_path / f"{place}.npy", shard)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        opened = open_rows([tmp_path / f"{place}.npy" for place in range(len(written.shards))], written.format)
+        np.testing.assert_array_equal(opened.take(np.arange(300)), np.concatenate(written.shards))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_weights_multiply_scores_in_both_stages() -> None:
     rows, queries = shards_of(heavy_tailed_rows(400, 256), [400], "bit"), some_queries(3, 256)
     weights = np.random.default_rng(5).lognormal(sigma=2, size=400)
@@ -201,7 +234,7 @@ def test_rows_on_disk_are_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "value"), [("float16", 1e6), *((name, v) for name in ENCODINGS for v in (float("nan"), float("inf")))]
+    ("encoding", "value"), [("float16", 1e6), *((name, v) for name in ENCODINGS for v in (float("nan"), float("inf"), 1e19))]
 )
 def test_rows_that_cannot_be_held_are_refused(encoding: Encoding, value: float) -> None:
     with pytest.raises(ValueError, match="row 1"):

@@ -3,7 +3,7 @@
 Needs the factors alone, so it also says what an index would be worth before it is built. Every ranking is of the same sequences for the same queries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,19 @@ import torch
 from numpy.typing import NDArray
 
 from ekfac import Layer, Record, capture, gradient_blocks, true_label_loss
-from indexing import Encoding, RowFormat, RowShards, feature_rows, feature_spec, query_rows, row_length_within, row_scores, spreaders
+from indexing import (
+    Encoding,
+    FeatureSpec,
+    RowFormat,
+    RowShards,
+    Spreader,
+    feature_rows,
+    feature_spec,
+    query_rows,
+    row_length_within,
+    row_scores,
+    spreaders,
+)
 from influence import artifacts
 from influence.answering import in_groups
 from influence.attribution import AttributedModel, gradient_norms, precondition, query_gradients, scan
@@ -61,7 +73,7 @@ def ranking_fidelities(
 ) -> list[RankingFidelity]:
     """How close each ranking of the sequences of these numbers comes to exact EK-FAC; `own` are the queries' own sequences, which do not count."""
     sequences = [run.store[int(number)] for number in numbers]
-    exact, dots, vectors = _exact(run, measurements, sequences)
+    exact, dots = _exact(run, measurements, sequences)
     hidden = np.array([[number == query for number in numbers] for query in own])
 
     def compared(name: str, size: int | None, scores: NDArray[Any]) -> RankingFidelity:
@@ -73,7 +85,7 @@ def ranking_fidelities(
 
     found = [
         compared(f"{encoding} rows", row_format.bytes_per_row, scores)
-        for encoding, row_format, scores in _row_scores(run, vectors, sequences, progress)
+        for encoding, row_format, scores in _row_scores(run, measurements, sequences, progress)
     ]
     others = _projections(run, measurements, sequences)
     found.append(compared(f"projections {PROJECTED} × {PROJECTED}", others[0], others[1]))
@@ -86,19 +98,24 @@ def ranking_fidelities(
 
 def _exact(
     run: Run, measurements: Sequence[Measurement], sequences: Sequence[TrainingSequence]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], list[dict[str, torch.Tensor]]]:
-    """EK-FAC scores [Q, N], dot products of plain gradients [Q, N], and the preconditioned queries, as many at a time as fit."""
-    exact, dots, vectors = [], [], []
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """EK-FAC scores and dot products of plain gradients, [Q, N] each."""
+    exact, dots = [], []
     for group in in_groups(measurements, run, None):
         gradients = query_gradients(run.attributed, group).gradients
-        vectors.append(precondition(gradients, run.factors))
-        exact.append(scan(run.attributed, vectors[-1], sequences))
+        exact.append(scan(run.attributed, precondition(gradients, run.factors), sequences))
         dots.append(scan(run.attributed, gradients, sequences))
-    return np.concatenate(exact), np.concatenate(dots), vectors
+    return np.concatenate(exact), np.concatenate(dots)
+
+
+def _query_rows(run: Run, measurements: Sequence[Measurement], spec: FeatureSpec, signs: Mapping[str, Spreader]) -> NDArray[np.float32]:
+    """[Q, D]; the gradients are computed again for every size, because those of all queries together may not fit into memory."""
+    gradients = (query_gradients(run.attributed, group).gradients for group in in_groups(measurements, run, None))
+    return np.concatenate([query_rows(precondition(one, run.factors), run.factors, spec, signs) for one in gradients])
 
 
 def _row_scores(
-    run: Run, vectors: Sequence[dict[str, torch.Tensor]], sequences: Sequence[TrainingSequence], progress: Progress
+    run: Run, measurements: Sequence[Measurement], sequences: Sequence[TrainingSequence], progress: Progress
 ) -> list[tuple[Encoding, RowFormat, NDArray[np.float32]]]:
     """By encoding and size: estimates [Q, N] from rows made as the index makes them."""
     attributed = run.attributed
@@ -115,7 +132,7 @@ def _row_scores(
             made, _ = feature_rows(attributed.model, attributed.layers, run.factors, spec, signs, true_label_loss, batch)
             codes[members] = row_format.encode(made)
         rows = RowShards(format=row_format, shards=(codes,))
-        queries = np.concatenate([query_rows(group, run.factors, spec, signs) for group in vectors])
+        queries = _query_rows(run, measurements, spec, signs)
         found.append((encoding, row_format, row_scores(queries, rows, np.arange(len(sequences)))))
     progress(len(wanted), len(wanted))
     return found
@@ -145,14 +162,16 @@ def _projections(run: Run, measurements: Sequence[Measurement], sequences: Seque
     for members, batch in in_batches(sequences, attributed.budget, attributed.device):
         loss = partial(true_label_loss, attributed.model, batch)
         capture(attributed.model, linear, loss, batch.reached, partial(consume, members))
+    asked: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in linear}
+    for group in in_groups(measurements, run, None):
+        for name, gradient in query_gradients(attributed, group).gradients.items():
+            left, right = sides[name]
+            projected = torch.einsum("op,noj,jq->npq", left.to(gradient.dtype), gradient, right.to(gradient.dtype))
+            asked[name].append(projected.flatten(1).double().cpu())
     scores = np.zeros((len(measurements), len(sequences)))
-    gradients = query_gradients(attributed, measurements).gradients
     for layer in linear:
-        left, right = sides[layer.name]
-        gradient = gradients[layer.name]
-        asked = torch.einsum("op,noj,jq->npq", left.to(gradient.dtype), gradient, right.to(gradient.dtype)).flatten(1).double().cpu()
         rows = stored[layer.name].double()
         second_moments = rows.T @ rows / len(rows)
         damped = second_moments + 0.1 * second_moments.diagonal().mean() * torch.eye(PROJECTED**2, dtype=torch.float64)
-        scores += (torch.linalg.solve(damped, asked.T).T @ rows.T).numpy()
+        scores += (torch.linalg.solve(damped, torch.cat(asked[layer.name]).T).T @ rows.T).numpy()
     return 4 * PROJECTED**2 * len(linear), scores
