@@ -154,7 +154,7 @@ def open_rows(paths: Sequence[Path], row_format: RowFormat) -> RowShards:
                 f"{path} holds {shard.dtype} {shard.shape}, expected {row_format.encoding} rows of {row_format.bytes_per_row} bytes: "
                 "rebuild the index"
             )
-        shards.append(shard)
+        shards.append(np.asarray(shard))  # a view of it: numpy.memmap itself takes ten times as long to index
     if not shards:
         raise ValueError("an index needs at least one shard of rows")
     return RowShards(format=row_format, shards=tuple(shards))
