@@ -238,9 +238,8 @@ def _answers_of_group(
     progress: Progress,
 ) -> list[list[InfluenceResult]]:
     start = time.perf_counter()
-    known = runs[0].sample(allowed)
-    if options.exact:
-        known = np.arange(len(runs[0].store)) if allowed is None else np.flatnonzero(allowed)
+    everything = np.arange(len(runs[0].store)) if allowed is None else np.flatnonzero(allowed)
+    known = everything if options.exact else runs[0].sample(allowed)
     asked = [_asked(run, measurements, options, allowed, known, progress) for run in runs]
     estimates = np.mean([one.estimates for one in asked], axis=0)
     chosen = {}

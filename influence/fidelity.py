@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from indexing import best
+
 WANTED = (1, 10, 50, 100)
 """Sizes k of the exact top that recall is measured for."""
 
@@ -115,4 +117,4 @@ def _rows(exact: NDArray[Any], estimates: NDArray[Any]) -> Iterator[tuple[NDArra
 
 def ranked_by(scores: NDArray[Any], count: int = max(DEPTHS)) -> NDArray[np.int64]:
     """[Q, min(count, N)]: the numbers of the best by these scores [Q, N], best first."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    return best(scores, count).numbers

@@ -32,9 +32,7 @@ class Living:
 
     @property
     def lexical_unit(self) -> str:
-        """The unit of the lexical index over just these texts."""
-        if not (self.appended or self.erased):
-            return "all"
+        """What the lexical index over just these texts is called, once something was appended or erased."""
         return "-".join(
             ["with", *(part.name.removeprefix("append-") for part in self.appended[-1:]), str(len(self.appended)), str(len(self.erased))]
         )

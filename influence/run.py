@@ -206,7 +206,8 @@ class Run:
 
     @cached_property
     def _order_of_all(self) -> NDArray[np.int64]:
-        return _hash_order(self.store.ids, self.index_config.seed)
+        seed = self.index_config.seed
+        return _hash_order(self.store.ids, seed) if self.appended else self.hash_order(seed)
 
     @property
     def live(self) -> NDArray[np.bool_]:

@@ -34,6 +34,7 @@ from jobs.options import (
     Memory,
     ModelOption,
     Normalize,
+    Queries,
     Refine,
     RefineSequences,
     RefineSteps,
@@ -165,9 +166,7 @@ def query(
         ),
     ] = None,
     where: Where = None,
-    queries: Annotated[
-        Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids")
-    ] = None,
+    queries: Queries = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="colour each token by its share (red helps, teal hurts)")] = False,
     normalize: Normalize = False,
     refine: Refine = False,
@@ -210,9 +209,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="run directory")],
     prompt: Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)] = None,
     completion: Annotated[str | None, typer.Argument(help="what the model said", show_default=False)] = None,
-    queries: Annotated[
-        Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids")
-    ] = None,
+    queries: Queries = None,
     k: Annotated[int, typer.Option("-k", help="how many sequences on either side")] = 10,
     exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
     where: Where = None,

@@ -30,6 +30,7 @@ AlsoRuns = Annotated[
 Where = Annotated[
     str | None, typer.Option("--where", help="only sequences whose metadata fulfil this, such as \"source = 'web' and year < 2023\"")
 ]
+Queries = Annotated[Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids")]
 Normalize = Annotated[bool, typer.Option("--normalize", help="divide each score by √self-influence of its sequence (RelatIF)")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="where the model is now, if it moved; its weights must be the same")]
 Memory = Annotated[str, typer.Option("--memory-budget", help="memory for model, factors and batches")]

@@ -154,10 +154,8 @@ def _projections(run: Run, measurements: Sequence[Measurement], sequences: Seque
     stored = {layer.name: torch.empty(len(sequences), PROJECTED**2) for layer in linear}
 
     def consume(members: NDArray[np.int64], layer: Layer, record: Record) -> None:
-        left, right = sides[layer.name]
         for _, gradients in gradient_blocks(record):
-            projected = torch.einsum("op,noj,jq->npq", left.to(gradients.dtype), gradients, right.to(gradients.dtype))
-            stored[layer.name][members] = projected.flatten(1).float().cpu()
+            stored[layer.name][members] = _projected(gradients, *sides[layer.name]).float().cpu()
 
     for members, batch in in_batches(sequences, attributed.budget, attributed.device):
         loss = partial(true_label_loss, attributed.model, batch)
@@ -165,9 +163,7 @@ def _projections(run: Run, measurements: Sequence[Measurement], sequences: Seque
     asked: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in linear}
     for group in in_groups(measurements, run, None):
         for name, gradient in query_gradients(attributed, group).gradients.items():
-            left, right = sides[name]
-            projected = torch.einsum("op,noj,jq->npq", left.to(gradient.dtype), gradient, right.to(gradient.dtype))
-            asked[name].append(projected.flatten(1).double().cpu())
+            asked[name].append(_projected(gradient, *sides[name]).double().cpu())
     scores = np.zeros((len(measurements), len(sequences)))
     for layer in linear:
         rows = stored[layer.name].double()
@@ -175,3 +171,8 @@ def _projections(run: Run, measurements: Sequence[Measurement], sequences: Seque
         damped = second_moments + 0.1 * second_moments.diagonal().mean() * torch.eye(PROJECTED**2, dtype=torch.float64)
         scores += (torch.linalg.solve(damped, torch.cat(asked[layer.name]).T).T @ rows.T).numpy()
     return 4 * PROJECTED**2 * len(linear), scores
+
+
+def _projected(gradients: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """leftᵀ G right of every gradient [N, O, J], flattened."""
+    return torch.einsum("op,noj,jq->npq", left.to(gradients.dtype), gradients, right.to(gradients.dtype)).flatten(1)
