@@ -43,6 +43,7 @@ from jobs.options import (
     with_config_options,
 )
 from jobs.progress import say
+from jobs.serve import serve, tokens
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Which training examples made this model say that?"
@@ -245,6 +246,8 @@ def report(
 
 
 app.command()(evaluate)
+app.command()(serve)
+app.command()(tokens)
 
 
 @app.command()
