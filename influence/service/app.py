@@ -62,7 +62,6 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # they fetch scripts from elsewhere
         redoc_url=None,
-        max_body_size=settings.limits.body_bytes,
     )
     app.state.service = service
     app.add_middleware(Gate, settings=settings, tokens=tokens, metrics=metrics)

@@ -198,3 +198,13 @@ class Health(BaseModel):
 
 class QueryList(BaseModel):
     queries: list[QueryState]
+
+
+class Example(BaseModel):
+    sequence: str = Field(description="id of the training sequence it is made of")
+    prompt: str
+    completion: str
+
+
+class Examples(BaseModel):
+    examples: list[Example]

@@ -23,6 +23,8 @@ from influence.service.settings import RUN_NAME, ServiceSettings
 log = logging.getLogger("influence.service")
 
 SKETCH_BYTES_PER_ROW = 776
+LONGEST_EXAMPLE = 60
+"""Characters of an example's completion."""
 
 
 @dataclass(kw_only=True)
@@ -65,6 +67,9 @@ class Catalog:
         if self._settings.runs_dir is not None:
             found |= {path.name for path in self._settings.runs_dir.iterdir() if self._in_runs_dir(path.name) is not None}
         return sorted(found)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._settings.runs or self._in_runs_dir(name) is not None
 
     def path(self, name: str) -> Path:
         """Where the run of this name is. Raises 404 for any other name, whatever it looks like."""
@@ -203,6 +208,20 @@ def layer_report(run: Run) -> dict[str, Any]:
         for layer in run.coverage.layers
     ]
     return {"layers": layers, "excluded": run.coverage.excluded, "parameters_attributed": run.coverage.share}
+
+
+def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:
+    """Halves of training sequences, cut at a word, as prompt and completion; which ones depends on `seed` and their ids alone."""
+    found, live = [], run.live
+    for number in run.hash_order(seed):
+        text = run.training[int(number)].text if live[number] else ""
+        cut = text.find(" ", len(text) // 2)
+        if text[:cut].strip() and 0 < cut < len(text) - 1:
+            end = min(len(text), cut + LONGEST_EXAMPLE)
+            found.append({"sequence": run.training.ids[int(number)], "prompt": text[:cut], "completion": text[cut:end]})
+        if len(found) == count:
+            break
+    return found
 
 
 def facts_of(catalog: Catalog, name: str, limits: dict[str, int]) -> dict[str, Any]:

@@ -205,6 +205,8 @@ class Engine:
         else:
             ended = self._store.fail(self._worker, query.id, outcome.code, outcome.message)
         how = "done" if isinstance(outcome, dict) else "failed"
+        if ended:
+            log.info("query ended", extra={"query": query.id, "outcome": how})
         self._metrics.queries.labels(how if ended else "cancelled").inc()
 
     # both

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -64,7 +65,7 @@ class Gate:
         self._under_way += 1
         try:
             self._admit(scope, line)
-            await self._app(scope, receive, outward)
+            await self._app(scope, _at_most(receive, self._settings.limits.body_bytes), outward)
         except ServiceError as error:
             await JSONResponse(error.to_json(), error.status, error.headers)(scope, receive, outward)
         except Exception:
@@ -82,6 +83,8 @@ class Gate:
         headers = Headers(scope=scope)
         if self._settings.loopback and urlsplit(f"//{headers.get('host', '')}").hostname not in LOOPBACK_NAMES:
             raise ServiceError(403, "forbidden", "this service listens to its own machine: ask for localhost or 127.0.0.1")
+        if int(headers.get("content-length") or 0) > self._settings.limits.body_bytes:
+            raise ServiceError(413, "too_large", _too_large(self._settings.limits.body_bytes))
         origin = headers.get("origin")
         if origin is not None and scope["method"] not in ("GET", "HEAD") and urlsplit(origin).netloc != headers.get("host"):
             raise ServiceError(403, "forbidden", "a page of another origin may not ask this service")
@@ -114,6 +117,25 @@ class Gate:
     @property
     def under_way(self) -> int:
         return self._under_way
+
+
+def _at_most(receive: Receive, limit: int) -> Receive:
+    """`receive`, which raises 413 when a body has more bytes than that."""
+    received = 0
+
+    async def inward() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise HTTPException(413, _too_large(limit))
+        return message
+
+    return inward
+
+
+def _too_large(limit: int) -> str:
+    return f"the body has more than {limit:,} bytes"
 
 
 def _add_headers(message: Message, path: str, request: str) -> None:

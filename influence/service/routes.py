@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from influence.errors import RequestError
 from influence.service import answers, bodies
-from influence.service.catalog import Catalog, OpenedRun, facts_of, layer_report
+from influence.service.catalog import Catalog, OpenedRun, example_queries, facts_of, layer_report
 from influence.service.engine import Answer, Engine
 from influence.service.errors import ServiceError, busy, not_found, refused, stale
 from influence.service.metrics import Metrics
@@ -46,7 +46,6 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         404: "there is no such run, query or sequence",
         409: "the run cannot be served as it stands: damaged, unfinished, or made from something else",
         413: "the body is too large",
-        415: "the body is not declared as JSON",
         422: "the query cannot be answered as it stands",
         429: "too many accepted queries of one user; see Retry-After",
         503: "too much to do, not ready, or the answer took too long; see Retry-After",
@@ -91,8 +90,13 @@ class Service:
         return query
 
     def found(self, name: str) -> Query:
-        """The query of this id. Raises 404."""
+        """The query of this id. Raises 404; also when it shows what was erased from its run since."""
         query = self.store.get(name)
+        if query is not None and query.result is not None and query.run in self.catalog:
+            run = self.catalog.opened(query.run).run
+            erased = run.directory.living.erased
+            self.store.forget_erased(query.run, len(erased), lambda: [run.store.ids[number] for number in erased])
+            query = self.store.get(name)
         if query is None:
             raise not_found(f"there is no query {name!r}: it was never accepted, or is forgotten")
         return query
@@ -189,6 +193,24 @@ def router(service: Service) -> APIRouter:
         except RequestError as error:
             raise stale(error, opened.names) from None
 
+    @routes.get(
+        "/v1/runs/{run}/examples",
+        tags=["runs"],
+        summary="Queries to try: training sequences, their second half asked after the first",
+        response_model=bodies.Examples,
+        responses=errors(404, 409, 422),
+    )
+    def examples(
+        run: Name,
+        count: Annotated[int, QueryParameter(ge=1, le=50, description="how many")] = 5,
+        seed: Annotated[int, QueryParameter(ge=0, le=2**31, description="another seed gives others")] = 0,
+    ) -> dict[str, Any]:
+        opened = service.opened(run)
+        try:
+            return {"examples": example_queries(opened.run, count, seed)}
+        except RequestError as error:
+            raise stale(error, opened.names) from None
+
     @routes.post(
         "/v1/runs/{run}/queries",
         tags=["queries"],
@@ -197,7 +219,7 @@ def router(service: Service) -> APIRouter:
         responses={
             200: {"model": bodies.Result, "description": "the result, which is kept at Location"},
             202: {"model": bodies.QueryState, "description": "accepted: a scan or a refinement, to be followed at Location"},
-            **errors(400, 404, 409, 413, 415, 422, 429),
+            **errors(400, 404, 409, 413, 422, 429),
         },
     )
     async def ask(run: Name, body: bodies.QueryBody, request: Request) -> Response:

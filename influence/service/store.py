@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ CREATE TABLE queries (
 ) STRICT;
 CREATE INDEX by_state ON queries (state, created);
 CREATE INDEX by_question ON queries (user, question);
+CREATE TABLE erasures (run TEXT PRIMARY KEY, num_erased INTEGER NOT NULL) STRICT;  -- for how many results were looked through
 """
 
 
@@ -187,16 +188,18 @@ class QueryStore:
         with self._transaction() as connection:
             connection.execute("DELETE FROM queries WHERE id = ?", (name,))
 
-    def forget_results(self, run: str, shows: Any) -> int:
-        """Removes the results of a run for which `shows(result)`; returns how many."""
-        names = [
-            name
-            for name, result in self._rows("SELECT id, result FROM queries WHERE run = ? AND state = 'done'", run)
-            if shows(json.loads(result))
-        ]
+    def forget_erased(self, run: str, num_erased: int, ids: Callable[[], Collection[str]]) -> None:
+        """Removes the results of the run that show one of the sequences `ids()`, the `num_erased` ones that are erased from its files; looks
+        only when there are more of them than the last time."""
+        seen = self._rows("SELECT num_erased FROM erasures WHERE run = ?", run)
+        if num_erased == (seen[0][0] if seen else 0):
+            return
+        erased = set(ids())
+        results = self._rows("SELECT id, result FROM queries WHERE run = ? AND state = 'done'", run)
+        names = [(name,) for name, result in results if not erased.isdisjoint(shown_sequences(json.loads(result)))]
         with self._transaction() as connection:
-            connection.executemany("DELETE FROM queries WHERE id = ?", [(name,) for name in names])
-        return len(names)
+            connection.executemany("DELETE FROM queries WHERE id = ?", names)
+            connection.execute("INSERT OR REPLACE INTO erasures VALUES (?, ?)", (run, num_erased))
 
     def num_unfinished(self, user: str | None = None) -> int:
         """Accepted queries that are not finished, of one user or of all."""
@@ -279,6 +282,13 @@ class QueryStore:
 
 
 _COLUMNS = "id, user, run, question, kind, body, state, created, finished, progress_done, progress_total, result, code, message"
+
+
+def shown_sequences(result: Mapping[str, Any]) -> Iterator[str]:
+    """The ids of all training sequences whose text or score a result object holds."""
+    for shown in [*result["results"], *result.get("opponents", []), *result.get("bm25", {}).get("results", [])]:
+        yield shown["id"]
+        yield from (other["id"] for other in shown.get("duplicates", []))
 
 
 def new_id() -> str:
