@@ -8,7 +8,6 @@ next one when it has the answer to the last. Expected answers are made first, on
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -85,12 +84,12 @@ def stages(url: str) -> dict[str, tuple[float, float]]:
 
 def start(path: Path, state: str) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-m", "jobs.cli", "serve", str(path), "--port", "0", "--state-dir", state]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    assert process.stderr is not None
-    line = next(line for line in process.stderr if line.startswith("serving "))
-    log = open(Path(state) / "log", "w")  # noqa: SIM115
-    subprocess.Popen(["cat"], stdin=process.stderr, stdout=log)
-    url = line.rpartition(" at ")[2].strip().rstrip("/")
+    log = Path(state) / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stderr=stream, text=True)
+    while not (found := re.search(r"^serving .* at (\S+)/$", log.read_text(), re.M)):
+        time.sleep(0.1)
+    url = found[1]
     while httpx.get(f"{url}/readyz").status_code != 200:
         time.sleep(0.1)
     return process, url
@@ -107,9 +106,8 @@ def main() -> None:
     run = open_run(options.run)
     asked = questions(run, options.queries * len(options.clients) + 4)
     warm, asked = asked[:4], asked[4:]
-    expected = []
-    for one in asked:
-        expected.append(run.answer([run.measure(**one)], QueryOptions(k=10, candidates=options.candidates))[0].to_json())
+    settings = QueryOptions(k=10, candidates=options.candidates)
+    expected = [run.answer([run.measure(**one)], settings)[0].to_json() for one in asked]
     bodies = [{**one, "k": 10, "candidates": options.candidates} for one in asked]
     rows = []
     with tempfile.TemporaryDirectory() as state:
