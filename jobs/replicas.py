@@ -40,11 +40,11 @@ def serve_on_ray(settings: ServiceSettings, host: str, port: int, replicas: int,
     """Serves from replicas until SIGTERM or SIGINT."""
     create_app(settings).state.service.store.close()  # what is wrong with the settings is said here and not in a replica's log
     ended = threading.Event()
-    for stopping in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stopping, lambda *_: ended.set())
     with ray_connection(ResourcesConfig(address=address, workers=replicas)):
         serve.start(http_options={"host": host, "port": port})
         deploy(settings, replicas)
         say(f"serving {', '.join(settings.runs) or 'runs'} from {replicas} replicas at http://{host}:{port}/")
+        for stopping in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(stopping, lambda *_: ended.set())
         ended.wait()
         serve.shutdown()

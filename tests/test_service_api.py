@@ -79,8 +79,13 @@ def test_no_name_of_a_run_leaves_its_directory(name: str) -> None:
 
 @given(st.text(alphabet="abc/. ", max_size=40), st.text(alphabet="abc/. ", max_size=40))
 def test_known_paths_are_named_in_messages(before: str, after: str) -> None:
-    path = "/srv/runs/demo"
-    assert path not in without_paths(f"{before} {path}/rows {after}", {path: "demo", "/srv/runs": "the runs"})
+    path = "/srv/my runs/demo"
+    assert path not in without_paths(f"{before} {path}/rows {after}", {path: "demo", "/srv/my runs": "the runs"})
+
+
+def test_of_unknown_paths_the_last_part_is_told() -> None:
+    message = "there is no model at /home/ada/models/gpt2: it is not '/home/ada/x.json', a/b, 1/2 or /."
+    assert without_paths(message, {}) == "there is no model at gpt2: it is not 'x.json', a/b, 1/2 or /."
 
 
 def test_a_file_of_tokens_keeps_no_token_and_knows_each(tmp_path: Path) -> None:

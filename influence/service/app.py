@@ -29,7 +29,7 @@ DESCRIPTION = """Which training examples made this language model say that? Infl
 Scores are in nats: the predicted change of the completion's log-probability if one more copy of the training sequence had been in the training set.
 Errors are `{"error": {"code", "message"}}`."""
 
-CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type", 422: "invalid"}
+CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 408: "too_slow", 413: "too_large", 422: "invalid"}
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:

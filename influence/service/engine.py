@@ -6,6 +6,7 @@ every batch of sequences it is asked whether anybody still wants the result.
 
 import json
 import logging
+import sqlite3
 import threading
 import time
 from collections import deque
@@ -114,9 +115,11 @@ class Engine:
 
     def _work(self) -> None:
         while self._to_load:
-            name = self._to_load.popleft()
+            name, before = self._to_load.popleft(), self._catalog.num_loaded
             try:
                 self._catalog.loaded(name)
+                if self._catalog.num_loaded <= before:  # another had to go for it: memory holds no more
+                    self._to_load.clear()
             except ServiceError as error:
                 log.error("run cannot be served", extra={"run": name, "error": error.message})
             except Exception:
@@ -158,7 +161,10 @@ class Engine:
 
         outcomes = self._outcomes(first.question.run, [ticket.body for ticket in batch], ignore, check)
         answered = [(name := new_id(), _text(name, one)) if isinstance(one, dict) else one for one in outcomes]
-        self._store.keep([(*one, ticket.question) for ticket, one in zip(batch, answered, strict=True) if isinstance(one, tuple)])
+        try:
+            self._store.keep([(*one, ticket.question) for ticket, one in zip(batch, answered, strict=True) if isinstance(one, tuple)])
+        except sqlite3.Error:
+            log.exception("answers are given but could not be kept")
         for ticket, one in zip(batch, answered, strict=True):
             self._metrics.queries.labels("done" if isinstance(one, tuple) else one.code).inc()
             _settle(ticket.future, one)
@@ -186,15 +192,22 @@ class Engine:
         queries = self._store.claim(self._worker, self._limits.batch)
         if not queries:
             return False
+        try:
+            self._work_on(queries)
+        except Exception:
+            self._store.hand_back(self._worker)
+            raise
+        return True
+
+    def _work_on(self, queries: Sequence[Query]) -> None:
         watch = _Watch(self, time.monotonic() + self._limits.job_seconds)
         bodies = [QueryBody.model_validate(query.body) for query in queries]
         outcomes = self._outcomes(queries[0].run, bodies, watch.progress, watch.check)
         if self._draining and any(isinstance(outcome, ServiceError) and outcome.code == "stopped" for outcome in outcomes):
             self._store.hand_back(self._worker)
-            return True
+            return
         for query, outcome in zip(queries, outcomes, strict=True):
             self._end(query, outcome, watch)
-        return True
 
     def _end(self, query: Query, outcome: Outcome, watch: "_Watch") -> None:
         if isinstance(outcome, dict):
@@ -253,6 +266,8 @@ class Engine:
             outcomes = [outcome or refused(error, names) for outcome in outcomes]
         for place, result in zip(measurements, results, strict=False):
             outcomes[place] = result
+        for stage in results[0]["provenance"]["stages"] if results else ():
+            self._metrics.stage_seconds.labels(stage).observe(sum(result["provenance"]["stages"][stage] for result in results))
         return [outcome for outcome in outcomes if outcome is not None]
 
     # what long work asks for

@@ -1,8 +1,11 @@
 """What a request can be answered with when not with a result: one exception that carries its HTTP status, a code for programs and a message."""
 
+import re
 from collections.abc import Mapping
 
 from influence.errors import RequestError
+
+_ABSOLUTE = re.compile(r"""(?<![\w./])/(?:[^\s/:;,'"()]+/)+([^\s/:;,'"()]*)""")
 
 
 class ServiceError(Exception):
@@ -40,7 +43,7 @@ def stale(error: RequestError, names: Mapping[str, str]) -> ServiceError:
 
 
 def without_paths(message: str, names: Mapping[str, str]) -> str:
-    """The message with every known path written as its name, the longest first."""
+    """The message with every known path written as its name, the longest first, and of any other absolute path only its last part."""
     for path in sorted(names, key=len, reverse=True):
         message = message.replace(path, names[path])
-    return " ".join(message.split())
+    return " ".join(_ABSOLUTE.sub(r"\1", message).split())

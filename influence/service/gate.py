@@ -2,6 +2,7 @@
 line and the metrics. Knows nothing of what the routes do.
 """
 
+import asyncio
 import logging
 import time
 from typing import Any
@@ -14,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from influence.service.errors import ServiceError, busy
 from influence.service.metrics import Metrics
-from influence.service.settings import ServiceSettings
+from influence.service.settings import Limits, ServiceSettings
 from influence.service.store import new_id
 from influence.service.tokens import LOCAL, Tokens, User
 
@@ -65,7 +66,7 @@ class Gate:
         self._under_way += 1
         try:
             self._admit(scope, line)
-            await self._app(scope, _at_most(receive, self._settings.limits.body_bytes), outward)
+            await self._app(scope, _bounded(receive, self._settings.limits), outward)
         except ServiceError as error:
             await JSONResponse(error.to_json(), error.status, error.headers)(scope, receive, outward)
         except Exception:
@@ -119,16 +120,20 @@ class Gate:
         return self._under_way
 
 
-def _at_most(receive: Receive, limit: int) -> Receive:
-    """`receive`, which raises 413 when a body has more bytes than that."""
-    received = 0
+def _bounded(receive: Receive, limits: Limits) -> Receive:
+    """`receive`, which raises 413 when a body has more bytes than are allowed, and 408 when it takes longer to arrive."""
+    received, complete, deadline = 0, False, time.monotonic() + limits.body_seconds
 
     async def inward() -> Message:
-        nonlocal received
-        message = await receive()
+        nonlocal received, complete
+        try:
+            message = await (receive() if complete else asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic())))
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
         received += len(message.get("body", b""))
-        if received > limit:
-            raise HTTPException(413, _too_large(limit))
+        complete = not message.get("more_body", False)
+        if received > limits.body_bytes:
+            raise HTTPException(413, _too_large(limits.body_bytes))
         return message
 
     return inward

@@ -17,6 +17,7 @@ class Limits:
     """What one request, one user and all of them together may ask for."""
 
     body_bytes: int = 2**20
+    body_seconds: float = 30.0  # for a body to arrive
     k: int = 100
     candidates: int = 2_000
     query_tokens: int = 4_096  # of prompt and completion together, and of the contrast
