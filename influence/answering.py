@@ -159,6 +159,9 @@ class _Asked:
     def candidates(self, opponents: bool, options: QueryOptions) -> list[NDArray[np.int64]]:
         """For each query, the numbers of the sequences that the index finds for the rerank, best first."""
         assert self.rows is not None
+        if len(self.known) == self.searched:  # the estimates, of whole rows, are what the index would find again
+            found = best(-self.estimates if opponents else self.estimates, num_candidates(self.run, options, opponents)).numbers
+            return list(self.known[found])
         index = self.run.normalized_index if options.normalize else self.run.index
         rows = -self.rows if opponents else self.rows
         return [row[row >= 0] for row in index.search(rows, num_candidates(self.run, options, opponents), self.allowed).numbers]
@@ -180,16 +183,19 @@ def _asked(
     allowed: NDArray[np.bool_] | None,
     known: NDArray[np.int64],
     progress: Progress,
+    watch: "_Stopwatch",
 ) -> _Asked:
     attributed = selected(run.attributed, options.layers)
     found = query_gradients(attributed, measurements)
     vectors, solution = solved(run, attributed, found.gradients, options.refine, progress)
     weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
     rows = None if options.exact else query_rows(vectors, run.factors, run.features, run.signs)
+    watch.lap("gradients")
     if rows is None:
         estimates = run.exact_scores(vectors, attributed, progress, allowed)[:, known]
     else:
         estimates = row_scores(rows, run.rows, known).astype(np.float64)
+    watch.lap("search")
     return _Asked(
         run=run,
         attributed=attributed,
@@ -244,9 +250,8 @@ def _answers_of_group(
     watch = _Stopwatch()
     everything = np.arange(len(runs[0].store)) if allowed is None else np.flatnonzero(allowed)
     known = everything if options.exact else runs[0].sample(allowed)
-    asked = [_asked(run, measurements, options, allowed, known, progress) for run in runs]
+    asked = [_asked(run, measurements, options, allowed, known, progress, watch) for run in runs]
     estimates = np.mean([one.estimates for one in asked], axis=0)
-    watch.lap("gradients")
     chosen = [_chosen(asked, estimates, options, sign < 0) for sign in signs]
     watch.lap("search")
     # Queries have candidates in common, so one pass over those of all of them costs less than a pass for each.
@@ -271,7 +276,7 @@ def _answers_of_group(
 
 
 class _Stopwatch:
-    """Seconds between laps, by the names of what was done."""
+    """Seconds by the names of what was done in them."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -279,7 +284,8 @@ class _Stopwatch:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
 
 
 def _chosen(asked: list[_Asked], estimates: NDArray[np.float64], options: QueryOptions, opponents: bool) -> list[list[int]]:

@@ -6,11 +6,14 @@ Only the engine's thread loads and releases. Other threads read what needs no mo
 import gc
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from influence import artifacts
 from influence.errors import RequestError
@@ -90,17 +93,13 @@ class Catalog:
         path = self.path(name)
         with self._lock:
             there = self._opened.get(name)
-            try:
+            with reading(name, {str(path): name}):
                 version = _version(path)
                 if there is None or there.version != version:
                     there = self._opened[name] = _open(name, Run(path, memory_budget=self._settings.memory_budget), version)
                 elif not there.run.is_current:
                     there = self._opened[name] = _open(name, there.run.opened_again(), version, loaded=there.loaded)
                     log.info("run opened again", extra={"run": name})
-            except RequestError as error:
-                raise stale(error, {str(path): name}) from None
-            except OSError as error:
-                raise ServiceError(409, "stale", f"the run {name} cannot be read: {error.strerror}") from None
             return there
 
     def loaded(self, name: str) -> OpenedRun:
@@ -112,10 +111,8 @@ class Catalog:
         self._uses += 1
         opened.in_use = self._uses
         if not opened.loaded:
-            try:
+            with reading(name, opened.names):
                 _load(opened.run)
-            except RequestError as error:
-                raise stale(error, opened.names) from None
             opened.loaded = True
             log.info("run loaded", extra={"run": name, "bytes": resident_bytes(opened.run)})
             self._release(but=name)
@@ -146,6 +143,20 @@ class Catalog:
         """Changes whenever an answer of the run could."""
         run = self.opened(name).run
         return digest([run.fingerprints["rows"], run.directory.living.to_json()])
+
+
+@contextmanager
+def reading(run: str, names: Mapping[str, str]) -> Iterator[None]:
+    """Within it, whatever shows that a file of the run cannot be read raises 409."""
+    try:
+        yield
+    except RequestError as error:
+        raise stale(error, names) from None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        log.exception("run is damaged", extra={"run": run})
+        raise ServiceError(
+            409, "stale", f"a file of the run {run} is damaged ({type(error).__name__}): `influence status --verify` says which"
+        ) from None
 
 
 def _version(path: Path) -> tuple[int, int, int]:
@@ -191,6 +202,23 @@ def resident_bytes(run: Run) -> int:
     return weights + vectors + per_weight + 2 * SKETCH_BYTES_PER_ROW * run.rows.num_rows
 
 
+def sequence_facts(opened: OpenedRun, name: str) -> dict[str, Any]:
+    """A sequence by its id, with the ids of its document's. Raises 404 when there is none, or it was removed."""
+    run = opened.run
+    number, live = opened.numbers.get(name), run.live
+    if number is None or not live[number]:
+        raise not_found(f"no sequence of {opened.name} is called {name!r}")
+    found = run.store[number]
+    return {
+        "id": name,
+        "text": found.text,
+        "metadata": found.metadata,
+        "num_tokens": len(found.tokens),
+        "document": found.document,
+        "sequences_of_document": [run.store.ids[other] for other in opened.documents[found.document] if live[other]],
+    }
+
+
 def layer_report(run: Run) -> dict[str, Any]:
     """Every attributed layer with its factors' figures, and what is left out."""
     summary = artifacts.read_factor_summary(run.path_of("factors"))
@@ -227,27 +255,31 @@ def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:
 def facts_of(catalog: Catalog, name: str, limits: dict[str, int]) -> dict[str, Any]:
     """What is served under this name; a run that cannot be served says why."""
     try:
-        run = catalog.opened(name).run
-        return {
-            "name": name,
-            "state": "loaded" if catalog.is_loaded(name) else "available",
-            "sequences": int(run.live.sum()),
-            "training_sequences": len(run.training),
-            "metadata": run.description["settings"]["data"]["metadata"],
-            "sequence_length": run.description["settings"]["data"]["sequence_length"],
-            "damping": run.description["settings"]["factors"]["damping"],
-            "coverage": {
-                "parameters_attributed": run.coverage.share,
-                "layers": len(run.coverage.layers),
-                "excluded": run.coverage.excluded,
-            },
-            "fidelity": run.fidelity.to_json() if run.fidelity else None,
-            "fingerprints": run.description["fingerprints"],
-            "limits": limits,
-        }
-    except RequestError as error:
-        return {"name": name, "state": "unusable", "error": stale(error, {str(catalog.path(name)): name}).message}
+        opened = catalog.opened(name)
+        with reading(name, opened.names):
+            return _facts(opened, catalog.is_loaded(name), limits)
     except ServiceError as error:
         if error.status == 404:
             raise
         return {"name": name, "state": "unusable", "error": error.message}
+
+
+def _facts(opened: OpenedRun, loaded: bool, limits: dict[str, int]) -> dict[str, Any]:
+    run = opened.run
+    return {
+        "name": opened.name,
+        "state": "loaded" if loaded else "available",
+        "sequences": int(run.live.sum()),
+        "training_sequences": len(run.training),
+        "metadata": run.description["settings"]["data"]["metadata"],
+        "sequence_length": run.description["settings"]["data"]["sequence_length"],
+        "damping": run.description["settings"]["factors"]["damping"],
+        "coverage": {
+            "parameters_attributed": run.coverage.share,
+            "layers": len(run.coverage.layers),
+            "excluded": run.coverage.excluded,
+        },
+        "fidelity": run.fidelity.to_json() if run.fidelity else None,
+        "fingerprints": run.description["fingerprints"],
+        "limits": limits,
+    }

@@ -237,8 +237,10 @@ class Engine:
         except Stopped:
             found = [ServiceError(503, "stopped", "the query was stopped")] * len(bodies)
         except Exception:
+            if len(bodies) > 1:  # the fault of one is not that of the others
+                return [outcome for body in bodies for outcome in self._outcomes(run, [body], progress, check)]
             log.exception("a query failed", extra={"run": run})
-            found = [ServiceError(500, "failed", "the query failed; the log of the service says why")] * len(bodies)
+            found = [ServiceError(500, "failed", "the query failed; the log of the service says why")]
         self._metrics.stage_seconds.labels("whole").observe(time.monotonic() - start)
         return found
 
@@ -262,9 +264,10 @@ class Engine:
         except RequestError as error:
             if again and not all(one.run.is_current for one in opened.values()):  # the run changed under the query: ask it as it is now
                 return self._answered(run, bodies, progress, check, again=False)
-            results = []
-            outcomes = [outcome or refused(error, names) for outcome in outcomes]
-        for place, result in zip(measurements, results, strict=False):
+            if len(bodies) > 1:
+                raise
+            return [refused(error, names)]
+        for place, result in zip(measurements, results, strict=True):
             outcomes[place] = result
         for stage in results[0]["provenance"]["stages"] if results else ():
             self._metrics.stage_seconds.labels(stage).observe(sum(result["provenance"]["stages"][stage] for result in results))

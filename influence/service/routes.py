@@ -15,9 +15,9 @@ from starlette.concurrency import run_in_threadpool
 
 from influence.errors import RequestError
 from influence.service import answers, bodies
-from influence.service.catalog import Catalog, OpenedRun, example_queries, facts_of, layer_report
+from influence.service.catalog import Catalog, example_queries, facts_of, layer_report, reading, sequence_facts
 from influence.service.engine import Answer, Engine
-from influence.service.errors import ServiceError, busy, not_found, refused, stale
+from influence.service.errors import ServiceError, busy, not_found, refused
 from influence.service.metrics import Metrics
 from influence.service.settings import ServiceSettings
 from influence.service.store import FINISHED, Query, QueryStore, Question
@@ -101,9 +101,6 @@ class Service:
             raise not_found(f"there is no query {name!r}: it was never accepted, or is forgotten")
         return query
 
-    def opened(self, run: str) -> OpenedRun:
-        return self.catalog.opened(run)
-
 
 def router(service: Service) -> APIRouter:
     """All routes but the page."""
@@ -161,11 +158,9 @@ def router(service: Service) -> APIRouter:
         responses=errors(404, 409),
     )
     def layers(run: Name) -> dict[str, Any]:
-        opened = service.opened(run)
-        try:
+        opened = service.catalog.opened(run)
+        with reading(run, opened.names):
             return layer_report(opened.run)
-        except RequestError as error:
-            raise stale(error, opened.names) from None
 
     @routes.get(
         "/v1/runs/{run}/sequences/{id:path}",
@@ -175,23 +170,9 @@ def router(service: Service) -> APIRouter:
         responses=errors(404, 409),
     )
     def sequence(run: Name, id: Annotated[str, Path(max_length=1_000, description="id of a sequence")]) -> dict[str, Any]:
-        opened = service.opened(run)
-        try:
-            number = opened.numbers.get(id)
-            if number is None or not opened.run.live[number]:
-                raise not_found(f"no sequence of {run} is called {id!r}")
-            found, live = opened.run.store[number], opened.run.live
-            ids = opened.run.store.ids
-            return {
-                "id": id,
-                "text": found.text,
-                "metadata": found.metadata,
-                "num_tokens": len(found.tokens),
-                "document": found.document,
-                "sequences_of_document": [ids[other] for other in opened.documents[found.document] if live[other]],
-            }
-        except RequestError as error:
-            raise stale(error, opened.names) from None
+        opened = service.catalog.opened(run)
+        with reading(run, opened.names):
+            return sequence_facts(opened, id)
 
     @routes.get(
         "/v1/runs/{run}/examples",
@@ -205,11 +186,9 @@ def router(service: Service) -> APIRouter:
         count: Annotated[int, QueryParameter(ge=1, le=50, description="how many")] = 5,
         seed: Annotated[int, QueryParameter(ge=0, le=2**31, description="another seed gives others")] = 0,
     ) -> dict[str, Any]:
-        opened = service.opened(run)
-        try:
+        opened = service.catalog.opened(run)
+        with reading(run, opened.names):
             return {"examples": example_queries(opened.run, count, seed)}
-        except RequestError as error:
-            raise stale(error, opened.names) from None
 
     @routes.post(
         "/v1/runs/{run}/queries",
