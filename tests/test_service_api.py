@@ -128,8 +128,8 @@ def test_schemathesis_finds_nothing(url: str, tmp_path: Path) -> None:
     Left out: the check that whatever fits the schema is accepted, because a condition or a text can be wrong in ways that no schema says; and
     event streams, which last as long as their query.
     """
-    words = [f"{url}/openapi.json", "--max-examples", "15", "--generation-deterministic", "--max-time", "120", "--no-color"]
+    words = [f"{url}/openapi.json", "--max-examples", "15", "--generation-deterministic", "--max-time", "60", "--no-color"]
     words += ["--exclude-checks", "positive_data_acceptance", "--exclude-path", "/v1/queries/{id}/events", "--continue-on-failure"]
     program = "from schemathesis.cli import schemathesis; schemathesis()"
     done = subprocess.run([sys.executable, "-c", program, "run", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert done.returncode == 0, "\n".join(line[:300] for line in done.stdout.partition("FAILURES")[2].splitlines()[:150])

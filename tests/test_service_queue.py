@@ -168,7 +168,7 @@ def test_killed_in_the_middle_of_its_queue_it_ends_every_query_once_after_a_rest
         for name in names:
             state = finished_query(http, name)
             assert state["state"] == "done", state["error"]
-            k = state["request"]["k"]
+            k = state["request"].get("k", 10)
             assert [one["id"] for one in state["result"]["results"]] == [one["id"] for one in expected["results"]][:k]
         assert_same(finished_query(http, names[-1])["result"], expected)
     logs = [json.loads(line) for log in tmp_path.glob("log-*") for line in log.read_text().splitlines() if line.startswith("{")]

@@ -10,8 +10,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from influence.errors import RequestError
+from influence.service.bodies import ErrorBody
 from influence.service.catalog import Catalog
 from influence.service.engine import Engine
 from influence.service.errors import ServiceError
@@ -62,6 +64,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # they fetch scripts from elsewhere
         redoc_url=None,
+        responses={500: {"model": ErrorBody, "description": "a defect: the log says more under X-Request-Id"}},
     )
     app.state.service = service
     app.add_middleware(Gate, settings=settings, tokens=tokens, metrics=metrics)
@@ -80,10 +83,18 @@ async def _service_error(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error.to_json(), error.status, error.headers)
 
 
-async def _http_error(_: Request, error: Exception) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     said = ServiceError(error.status_code, CODES.get(error.status_code, "refused"), str(error.detail))
-    return JSONResponse(said.to_json(), error.status_code, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods(request.app, request.url.path))) or headers.get("Allow", "GET")
+    return JSONResponse(said.to_json(), error.status_code, headers)
+
+
+def _methods(app: FastAPI, path: str) -> set[str]:
+    """What this path can be asked by; several routes may share it."""
+    return {method.upper() for known, methods in app.openapi()["paths"].items() if compile_path(known)[0].match(path) for method in methods}
 
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:

@@ -50,7 +50,8 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         429: "too many accepted queries of one user; see Retry-After",
         503: "too much to do, not ready, or the answer took too long; see Retry-After",
     }
-    return {status: {"model": bodies.ErrorBody, "description": said[status]} for status in (401, 403, 503, *statuses)}
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{bodies.ErrorBody.__name__}"}}}
+    return {status: {"content": content, "description": said[status]} for status in (401, 403, 503, *statuses)}
 
 
 @dataclass(frozen=True, kw_only=True)
