@@ -180,7 +180,7 @@ def test_a_refinement_is_accepted_and_answered(http: httpx.Client, run: Path) ->
     assert response.status_code == 202
     state = finished_query(http, response.json()["id"])
     assert state["state"] == "done", state["error"]
-    assert state["result"]["provenance"]["refinement"]["steps"] == 2
+    assert state["result"]["provenance"]["refinement"]["sequences"] == 8
 
 
 def test_what_is_served_says_how_good_it_is(http: httpx.Client, run: Path) -> None:
@@ -209,13 +209,15 @@ def test_sequences_and_layers_are_told(http: httpx.Client, run: Path) -> None:
 
 # refusals
 
+
+def _post(http: httpx.Client, body: bytes) -> httpx.Response:
+    return http.post("/v1/runs/small/queries", content=body, headers={"Content-Type": "application/json"})
+
+
 REFUSED: list[tuple[int, str, Callable[[httpx.Client], httpx.Response]]] = [
-    (400, "malformed", lambda http: http.post("/v1/runs/small/queries", content=b"{", headers={"Content-Type": "application/json"})),
-    (
-        400,
-        "malformed",
-        lambda http: http.post("/v1/runs/small/queries", content=b"[" * 200_000, headers={"Content-Type": "application/json"}),
-    ),
+    (400, "malformed", lambda http: _post(http, b"{")),
+    (400, "malformed", lambda http: _post(http, b"\xff")),
+    (400, "malformed", lambda http: _post(http, b"[" * 200_000)),
     (403, "forbidden", lambda http: http.get("/v1/runs", headers={"Host": "attacker.example"})),
     (403, "forbidden", lambda http: http.post("/v1/runs/small/queries", json=QUESTION, headers={"Origin": "https://attacker.example"})),
     (404, "not_found", lambda http: ask(http, run="other")),
@@ -245,7 +247,7 @@ REFUSED: list[tuple[int, str, Callable[[httpx.Client], httpx.Response]]] = [
     (422, "refused", lambda http: ask(http, where="1; drop table metadata")),
     (422, "refused", lambda http: ask(http, layers=["nothing"])),
     (422, "refused", lambda http: ask(http, prompt="word " * 100)),
-    (422, "refused", lambda http: ask(http, prompt="\ud800")),
+    (422, "invalid", lambda http: _post(http, b'{"prompt": "\\ud800", "completion": " half a character"}')),
     (422, "refused", lambda http: ask(http, also=["small"])),
     (422, "refused", lambda http: http.post("/v1/runs/small/queries", json={"input_ids": [1, 10**9]})),
 ]
@@ -341,7 +343,7 @@ def test_without_tokens_it_listens_to_its_own_machine_only(run: Path, influence:
 
 
 def test_too_much_is_refused_with_when_to_come_back(run: Path, tmp_path: Path) -> None:
-    limits = Limits(queued_per_user=2, job_seconds=0.0)
+    limits = Limits(queued_per_user=2, job_seconds=1.0)
     settings = ServiceSettings(runs=named_runs([run]), state_dir=tmp_path / "state", limits=limits)
     with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http, slow_models(0.3):
         answers = [ask(http, exact=True, k=k) for k in (1, 2, 3)]

@@ -85,11 +85,13 @@ async def _service_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    said = ServiceError(error.status_code, CODES.get(error.status_code, "refused"), str(error.detail))
-    headers = dict(error.headers or {})
-    if error.status_code == 405:
-        headers["Allow"] = ", ".join(sorted(_methods(request.app, request.url.path))) or headers.get("Allow", "GET")
-    return JSONResponse(said.to_json(), error.status_code, headers)
+    status, headers, methods = error.status_code, dict(error.headers or {}), _methods(request.app, request.url.path)
+    if status == 405 and methods:
+        headers["Allow"] = ", ".join(sorted(methods))
+    elif status == 405 and request.url.path.startswith("/v1"):
+        status = 404  # it was the page, which has no such file, that refused the method
+    said = ServiceError(status, CODES.get(status, "refused"), str(error.detail))
+    return JSONResponse(said.to_json(), status, headers)
 
 
 def _methods(app: FastAPI, path: str) -> set[str]:
