@@ -70,7 +70,10 @@ class Service:
             answers.check_limits(body, self.settings.limits)
         except RequestError as error:
             raise refused(error, {}) from None
-        states = [self.catalog.state_of_index(name) for name in [run, *body.also]]
+        runs = [run, *body.also]
+        if len(set(runs)) < len(runs):
+            raise ServiceError(422, "refused", f"also: each run counts once in an average, not {', '.join(runs)}")
+        states = [self.catalog.state_of_index(name) for name in runs]
         return Question(
             user=user.name,
             run=run,
