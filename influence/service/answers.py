@@ -10,6 +10,7 @@ from typing import Any
 from influence.answering import Progress, answer, answer_both_ends
 from influence.errors import RequestError
 from influence.measurement import Measurement
+from influence.report import words
 from influence.result import report_page
 from influence.run import Run
 from influence.run_directory import digest
@@ -97,6 +98,15 @@ def interruptible(runs: Sequence[Run], check: Callable[[], None]) -> Iterator[No
         for run in runs:
             stack.callback(run.language_model.model.register_forward_pre_hook(lambda _module, _arguments: check()).remove)
         yield
+
+
+def in_words(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the result rests on, as the sentences of its report."""
+    return {
+        "trust": words.trust(result["provenance"]),
+        "distribution": words.tail_sentence(result["distribution"]),
+        "bm25": words.overlap(result.get("bm25")),
+    }
 
 
 def report(result: Mapping[str, Any], body: Mapping[str, Any], run: str, created: str) -> str:

@@ -192,6 +192,30 @@ class LayerReport(BaseModel):
     parameters_attributed: float
 
 
+class TokensBody(BaseModel):
+    """A question whose tokens are wanted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": EXAMPLES[:1]})
+
+    prompt: Text = Field("", description="what came before the completion")
+    completion: Text = Field(description="what the model said")
+
+
+class QuestionTokens(BaseModel):
+    """The tokens of prompt and completion as texts. `span` of a query counts those of the completion."""
+
+    prompt: list[str] = Field(description="those that end before the completion")
+    completion: list[str] = Field(description="those that reach into the completion")
+
+
+class ResultWords(BaseModel):
+    """What a result rests on, in sentences for people, as its HTML report has them."""
+
+    trust: list[str] = Field(description="what was approximated, what was searched, and how well that is known")
+    distribution: str = Field(description="how concentrated the influence is; empty when unknown")
+    bm25: str = Field(description="how far lexical search agrees; empty when it was not asked")
+
+
 class Health(BaseModel):
     status: Literal["ok", "loading", "stopping"]
 

@@ -13,13 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 
 from influence import artifacts
 from influence.errors import RequestError
+from influence.measurement import check_encodable
 from influence.report.layers import kind, take_apart
 from influence.run import Run
 from influence.run_directory import RunDirectory, digest
+from influence.sequences import encode_pair
 from influence.service.errors import ServiceError, not_found, stale
 from influence.service.settings import RUN_NAME, ServiceSettings
 
@@ -250,6 +253,14 @@ def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:
         if len(found) == count:
             break
     return found
+
+
+def question_tokens(run: Run, prompt: str, completion: str) -> dict[str, list[str]]:
+    """The tokens of a question as texts, those of the completion being what a span counts. Raises RequestError for text no tokenizer takes."""
+    check_encodable(prompt + completion)
+    ids, inside = encode_pair(run.tokenizer, prompt, completion)
+    texts = list(zip(run.token_texts(np.array(ids, np.int32)), inside, strict=True))
+    return {"prompt": [text for text, within in texts if not within], "completion": [text for text, within in texts if within]}
 
 
 def facts_of(catalog: Catalog, name: str, limits: dict[str, int]) -> dict[str, Any]:

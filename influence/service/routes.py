@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from influence.errors import RequestError
 from influence.service import answers, bodies
-from influence.service.catalog import Catalog, example_queries, facts_of, layer_report, reading, sequence_facts
+from influence.service.catalog import Catalog, example_queries, facts_of, layer_report, question_tokens, reading, sequence_facts
 from influence.service.engine import Answer, Engine
 from influence.service.errors import ServiceError, busy, not_found, refused
 from influence.service.metrics import Metrics
@@ -104,6 +104,13 @@ class Service:
         if query is None:
             raise not_found(f"there is no query {name!r}: it was never accepted, or is forgotten")
         return query
+
+    def finished(self, name: str) -> tuple[Query, dict[str, Any]]:
+        """The query of this id with its result. Raises 404, or 409 when it has none."""
+        query = self.found(name)
+        if query.result is None:
+            raise ServiceError(409, "unfinished", f"the query is {query.state}: it has no result")
+        return query, json.loads(query.result)
 
 
 def router(service: Service) -> APIRouter:
@@ -195,6 +202,22 @@ def router(service: Service) -> APIRouter:
             return {"examples": example_queries(opened.run, count, seed)}
 
     @routes.post(
+        "/v1/runs/{run}/tokens",
+        tags=["runs"],
+        summary="The tokens of a question, before it is asked: what a span counts",
+        response_model=bodies.QuestionTokens,
+        responses=errors(400, 404, 409, 413, 422),
+    )
+    def tokens(run: Name, body: bodies.TokensBody) -> dict[str, list[str]]:
+        opened = service.catalog.opened(run)
+        with reading(run, opened.names):
+            _ = opened.run.tokenizer
+        try:
+            return question_tokens(opened.run, body.prompt, body.completion)
+        except RequestError as error:
+            raise refused(error, opened.names) from None
+
+    @routes.post(
         "/v1/runs/{run}/queries",
         tags=["queries"],
         summary="Ask which training sequences made a completion likely",
@@ -282,15 +305,23 @@ def router(service: Service) -> APIRouter:
         responses=errors(404, 409, 422),
     )
     def report(id: Id) -> HTMLResponse:
-        found = service.found(id)
-        if found.result is None:
-            raise ServiceError(409, "unfinished", f"the query is {found.state}: it has no result to report")
+        found, result = service.finished(id)
         created = datetime.fromtimestamp(found.created, UTC).date().isoformat()
         try:
-            page = answers.report(json.loads(found.result), found.body, found.run, created)
+            page = answers.report(result, found.body, found.run, created)
         except ValueError as error:
             raise ServiceError(422, "refused", str(error)) from None
         return HTMLResponse(page, headers={"Content-Security-Policy": REPORT_POLICY})
+
+    @routes.get(
+        "/v1/queries/{id}/words",
+        tags=["queries"],
+        summary="What the result rests on, in sentences",
+        response_model=bodies.ResultWords,
+        responses=errors(404, 409),
+    )
+    def words(id: Id) -> dict[str, Any]:
+        return answers.in_words(service.finished(id)[1])
 
     return routes
 

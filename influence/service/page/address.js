@@ -1,0 +1,30 @@
+// What the page shows, as its address: everything stands after the #, which no browser sends to a server or writes into a log.
+//
+// {run, query, with}: a result, beside another; or {run, prompt, completion, …}: a question that is asked when the address is opened.
+
+const TEXTS = ["run", "query", "with", "prompt", "completion", "contrast", "where"];
+const SWITCHES = ["exact", "normalize", "bm25"];
+
+export function read(hash = location.hash) {
+  const given = new URLSearchParams(hash.slice(1));
+  const place = {};
+  for (const name of TEXTS) if (given.has(name)) place[name] = given.get(name);
+  for (const name of SWITCHES) if (given.get(name) === "yes") place[name] = true;
+  if (/^\d+$/.test(given.get("k") ?? "")) place.k = Number(given.get("k"));
+  if (given.get("layers")) place.layers = given.get("layers").split(",");
+  const span = (given.get("span") ?? "").match(/^(\d+):(\d+)$/);
+  if (span) place.span = [Number(span[1]), Number(span[2])];
+  return place;
+}
+
+export function write(place) {
+  const given = new URLSearchParams();
+  for (const name of TEXTS) if (place[name] !== undefined && place[name] !== "") given.set(name, place[name]);
+  for (const name of SWITCHES) if (place[name]) given.set(name, "yes");
+  if (place.k) given.set("k", place.k);
+  if (place.layers?.length) given.set("layers", place.layers.join(","));
+  if (place.span) given.set("span", place.span.join(":"));
+  return `#${given}`;
+}
+
+export const asks = (place) => place.query === undefined && place.completion !== undefined;

@@ -1,0 +1,108 @@
+// The form: from what stands in its fields to the body of a query, and back.
+
+import * as api from "./api.js";
+import { byId } from "./dom.js";
+import { SpanChooser } from "./span.js";
+
+const TYPING_MILLISECONDS = 250;
+const NARROWING = ["contrast", "where", "layers"];
+
+export class AskForm {
+  #typing = null;
+  #asking = null;
+  #wanted = null; // a span for tokens that are not there yet
+
+  // `run()` is the name of the run; `asked(body)` is called when the form is sent.
+  constructor(run, asked) {
+    this.run = run;
+    this.chooser = new SpanChooser(byId("span"), byId("span-said"), () => this.#summary());
+    byId("ask").addEventListener("submit", (event) => {
+      event.preventDefault();
+      asked(this.body());
+    });
+    for (const id of ["prompt", "completion"]) {
+      byId(id).addEventListener("input", () => this.#typed());
+      byId(id).addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && byId("ask").requestSubmit());
+    }
+    byId("contrast").addEventListener("input", () => this.#contrasted());
+    byId("options").addEventListener("input", () => this.#summary());
+    byId("add-space").addEventListener("click", () => {
+      byId("completion").value = ` ${byId("completion").value}`;
+      byId("completion").focus();
+      this.#typed();
+    });
+  }
+
+  body() {
+    const value = (id) => byId(id).value;
+    const body = { prompt: value("prompt"), completion: value("completion"), both_ends: true };
+    if (value("contrast")) body.contrast = value("contrast");
+    else if (this.chooser.span) body.span = this.chooser.span;
+    if (value("where").trim()) body.where = value("where").trim();
+    const layers = value("layers").split(",").map((glob) => glob.trim()).filter(Boolean);
+    if (layers.length) body.layers = layers;
+    const k = Number(value("k"));
+    if (k !== 10) body.k = Number.isInteger(k) ? k : value("k");
+    for (const id of ["exact", "normalize", "bm25"]) if (byId(id).checked) body[id] = true;
+    return body;
+  }
+
+  // Fills the fields from a body or an address; what is not in it is as at first.
+  fill(given) {
+    byId("prompt").value = given.prompt ?? "";
+    byId("completion").value = given.completion ?? given.text ?? "";
+    byId("contrast").value = given.contrast ?? "";
+    byId("where").value = given.where ?? "";
+    byId("layers").value = (given.layers ?? []).join(", ");
+    byId("k").value = given.k ?? 10;
+    for (const id of ["exact", "normalize", "bm25"]) byId(id).checked = Boolean(given[id]);
+    this.#wanted = given.span ?? null;
+    this.chooser.set([]);
+    if (NARROWING.some((name) => given[name]?.length) || given.exact || given.normalize) byId("options").open = true;
+    this.#contrasted();
+    return this.#tokenize();
+  }
+
+  // What is known of the run: how its metadata can be named, and its limits.
+  describe(facts) {
+    const columns = facts?.metadata ?? [];
+    byId("where").disabled = !columns.length;
+    byId("where").placeholder = columns.length ? `${columns[0]} = '…'` : "";
+    byId("where-hint").textContent = columns.length ? `Columns: ${columns.join(", ")}. Also and, or, not, in, like, <, is null.` : "This run keeps no metadata to filter by.";
+    byId("k").max = facts?.limits?.k ?? 100;
+    return this.#tokenize();
+  }
+
+  #typed() {
+    this.#wanted = null;
+    clearTimeout(this.#typing);
+    this.#typing = setTimeout(() => this.#tokenize(), TYPING_MILLISECONDS);
+  }
+
+  async #tokenize() {
+    clearTimeout(this.#typing);
+    this.#asking?.abort();
+    const [prompt, completion] = [byId("prompt").value, byId("completion").value];
+    byId("completion-hint").hidden = !prompt || !completion || /\s$/.test(prompt) || /^[\s\p{P}]/u.test(completion);
+    if (!completion || !this.run()) return this.chooser.set([]);
+    this.#asking = new AbortController();
+    try {
+      const found = await api.tokens(this.run(), prompt, completion, this.#asking.signal);
+      const same = JSON.stringify(found.completion) === JSON.stringify(this.chooser.tokens);
+      this.chooser.set(found.completion, this.#wanted ?? (same ? this.chooser.span : null));
+      this.#summary();
+    } catch {
+      if (byId("completion").value === completion) this.chooser.set([]); // sending the question will say what is wrong
+    }
+  }
+
+  #contrasted() {
+    this.chooser.disable(byId("contrast").value ? "All tokens count: a contrast compares whole completions." : false);
+    this.#summary();
+  }
+
+  #summary() {
+    const set = [...NARROWING.filter((id) => byId(id).value), ...["normalize", "exact"].filter((id) => byId(id).checked)];
+    byId("options-said").textContent = set.length ? `· ${set.join(", ")}` : "";
+  }
+}
