@@ -29,6 +29,7 @@ log = logging.getLogger("influence.service")
 
 PATIENCE = 0.02
 """How much of the time that a batch took the next one waits for one more query: those who got answers ask again, but not all at once."""
+MOST_PATIENCE_SECONDS = 0.1
 
 POLL_SECONDS = 0.5
 """How often the queue is looked at: for queries of other processes, and for cancellations while work goes on."""
@@ -180,7 +181,7 @@ class Engine:
         with self._changed:
             while self._waiting and len(self._waiting) < self._limits.batch:
                 before = len(self._waiting)
-                self._changed.wait(self._limits.batch_seconds + PATIENCE * self._last_seconds)
+                self._changed.wait(self._limits.batch_seconds + min(MOST_PATIENCE_SECONDS, PATIENCE * self._last_seconds))
                 if len(self._waiting) == before:
                     break
             wanted = [ticket for ticket in self._waiting if not ticket.future.cancelled()]

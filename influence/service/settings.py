@@ -31,7 +31,7 @@ class Limits:
     queued_per_user: int = 50
     kept: int = 10_000  # finished queries whose results are kept; the oldest are forgotten
     batch: int = 32  # queries answered together
-    batch_seconds: float = 0.01  # how long a batch waits for one more query, and 2% of what the last one took
+    batch_seconds: float = 0.01  # how long a batch waits for one more query, and 2% of what the last one took, up to 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
