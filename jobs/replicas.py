@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 
 from ray import serve
 
@@ -10,7 +11,6 @@ from influence.service.app import create_app
 from influence.service.logs import write_json_logs
 from influence.service.settings import ServiceSettings
 from jobs.executors import ray_connection
-from jobs.progress import say
 
 NAME = "influence"
 
@@ -36,14 +36,16 @@ def deploy(settings: ServiceSettings, replicas: int, cpus_per_replica: float = 1
     serve.run(deployment.bind(), name=NAME, route_prefix="/")
 
 
-def serve_on_ray(settings: ServiceSettings, host: str, port: int, replicas: int, address: str | None) -> None:
-    """Serves from replicas until SIGTERM or SIGINT."""
+def serve_on_ray(
+    settings: ServiceSettings, host: str, port: int, replicas: int, address: str | None, listening: Callable[[str], None]
+) -> None:
+    """Serves from replicas until SIGTERM or SIGINT; `listening` is called with the address."""
     create_app(settings).state.service.store.close()  # what is wrong with the settings is said here and not in a replica's log
     ended = threading.Event()
     with ray_connection(ResourcesConfig(address=address, workers=replicas)):
         serve.start(http_options={"host": host, "port": port})
         deploy(settings, replicas)
-        say(f"serving {', '.join(settings.runs) or 'runs'} from {replicas} replicas at http://{host}:{port}/")
+        listening(f"http://{host}:{port}/")
         for stopping in (signal.SIGTERM, signal.SIGINT):
             signal.signal(stopping, lambda *_: ended.set())
         ended.wait()

@@ -1,16 +1,21 @@
-"""`influence serve` and `influence tokens`: the service in this process, or as replicas on Ray Serve, and who may ask it."""
+"""`influence serve` and `influence tokens`: the service in this process, or as replicas on Ray Serve, and who may ask it.
 
+The service and its web framework are imported by those who serve; every other command starts without them.
+"""
+
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from influence.config import parse_bytes
 from influence.errors import RequestError
-from influence.service.settings import ServiceSettings, named_runs, state_directory
-from influence.service.tokens import add_token, read_tokens, remove_tokens
 from jobs.options import Debug, Json, Memory
 from jobs.progress import say
+
+if TYPE_CHECKING:
+    from influence.service.settings import ServiceSettings
 
 TokensFile = Annotated[
     Path | None, typer.Option("--tokens-file", envvar="INFLUENCE_TOKENS_FILE", help="file of tokens; without one only this machine may ask")
@@ -32,28 +37,35 @@ def serve(
     address: Annotated[
         str | None, typer.Option("--address", help="address of the Ray cluster of the replicas; left out, a local one is started")
     ] = None,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Answer queries over HTTP, with a page to ask them at, until interrupted."""
     settings = settings_of(runs or [], runs_dir, host, state_dir, tokens, log_queries, memory_budget)
+
+    def listening(url: str) -> None:
+        if as_json:
+            print(json.dumps({"url": url, "runs": list(settings.runs)}), flush=True)
+        say(f"serving {', '.join(settings.runs) or f'the runs in {runs_dir}'} at {url}")
+
     if replicas:
         from jobs.replicas import serve_on_ray
 
-        serve_on_ray(settings, host, port, replicas, address)
+        serve_on_ray(settings, host, port, replicas, address, listening)
         return
     if address is not None:
         raise RequestError("--address goes with --replicas")
     from influence.service.server import serve as serve_here
 
-    names = ", ".join(settings.runs) or f"the runs in {runs_dir}"
-    serve_here(settings, host, port, lambda url: say(f"serving {names} at {url}"))
+    serve_here(settings, host, port, listening)
 
 
 def settings_of(
     runs: list[Path], runs_dir: Path | None, host: str, state_dir: Path | None, tokens: Path | None, log_queries: bool, memory_budget: str
-) -> ServiceSettings:
+) -> "ServiceSettings":
     """The settings that these options say. Raises RequestError when there is nothing to serve, or it cannot be served like this."""
     from influence.service.server import is_loopback
+    from influence.service.settings import ServiceSettings, named_runs, state_directory
 
     if not runs and runs_dir is None:
         raise RequestError("give run directories, or --runs-dir")
@@ -84,7 +96,7 @@ def tokens(
     debug: Debug = False,
 ) -> None:
     """The users of a service: add one, whose token is printed once; remove one with all tokens; list them."""
-    import json
+    from influence.service.tokens import add_token, read_tokens, remove_tokens
 
     if file is None:
         raise RequestError("name the file with --tokens-file or INFLUENCE_TOKENS_FILE")

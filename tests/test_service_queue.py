@@ -189,6 +189,17 @@ def test_asked_to_stop_it_hands_its_work_back_and_ends_well(run: Path, tmp_path:
         assert {finished_query(http, name)["state"] for name in names} == {"done"}
 
 
+def test_with_json_the_address_is_one_object_on_standard_output(run: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "jobs.cli", "serve", str(run), "--port", "0", "--state-dir", str(tmp_path / "state"), "--json"]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        assert httpx.get(f"{said['url']}healthz").json() == {"status": "ok"}
+        assert said["runs"] == ["small"]
+        process.terminate()
+        assert (process.wait(60), process.stdout.read()) == (0, "")
+
+
 def test_a_server_that_loads_is_alive_and_not_ready(run: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "log", run, "--state-dir", tmp_path / "state", ready=False) as served:
         statuses: list[tuple[int, int]] = []

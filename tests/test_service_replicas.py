@@ -27,7 +27,7 @@ def test_replicas_answer_as_one_and_share_the_queue(finished: Path, tmp_path: Pa
     with log.open("wb") as stream:
         process = subprocess.Popen([sys.executable, "-m", "jobs.cli", *words], stdout=stream, stderr=stream, env=dict(os.environ))
     try:
-        until(lambda: process.poll() is not None or "serving small from 2 replicas" in log.read_text())
+        until(lambda: process.poll() is not None or "serving small at" in log.read_text())
         assert process.poll() is None, log.read_text()
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=90) as http:
             until(lambda: all(http.get("/readyz").status_code == 200 for _ in range(10)))

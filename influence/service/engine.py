@@ -27,6 +27,10 @@ from influence.service.store import LEASE_SECONDS, Query, QueryStore, Question, 
 
 log = logging.getLogger("influence.service")
 
+PATIENCE = 0.02
+"""How much of the time that a batch took the next one waits for one more query: those who got answers ask again, but not all at once."""
+MOST_PATIENCE_SECONDS = 0.1
+
 POLL_SECONDS = 0.5
 """How often the queue is looked at: for queries of other processes, and for cancellations while work goes on."""
 
@@ -58,6 +62,7 @@ class Engine:
         self._draining = False  # no accepted query is begun, and the one at work is handed back
         self._stopped = False
         self._beside_work = False  # a quick batch is answered while long work stands aside
+        self._last_seconds = 0.0  # what the last quick batch took
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._work, self._renew)]
 
     # for other threads
@@ -168,6 +173,7 @@ class Engine:
         for ticket, one in zip(batch, answered, strict=True):
             self._metrics.queries.labels("done" if isinstance(one, tuple) else one.code).inc()
             _settle(ticket.future, one)
+        self._last_seconds = time.monotonic() - start
         return True
 
     def _next_batch(self) -> list[Ticket]:
@@ -175,7 +181,7 @@ class Engine:
         with self._changed:
             while self._waiting and len(self._waiting) < self._limits.batch:
                 before = len(self._waiting)
-                self._changed.wait(self._limits.batch_seconds)
+                self._changed.wait(self._limits.batch_seconds + min(MOST_PATIENCE_SECONDS, PATIENCE * self._last_seconds))
                 if len(self._waiting) == before:
                     break
             wanted = [ticket for ticket in self._waiting if not ticket.future.cancelled()]
