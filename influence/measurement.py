@@ -62,16 +62,11 @@ def measure_tokens(tokenizer: Any, ids: list[int], *, longest: int | None = None
     return Measurement(prompt="", completion=text, contrast=None, input_ids=ids, parts=((1.0, sequence),))
 
 
-def check_encodable(text: str) -> None:
-    """Raises RequestError for text that has no UTF-8."""
+def _query_sequence(tokenizer: Any, prompt: str, completion: str, span: tuple[int, int] | None, longest: int | None) -> TrainingSequence:
     try:
-        text.encode()
+        (prompt + completion).encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"the query holds half a character at {error.start} (a lone surrogate), which no tokenizer takes") from None
-
-
-def _query_sequence(tokenizer: Any, prompt: str, completion: str, span: tuple[int, int] | None, longest: int | None) -> TrainingSequence:
-    check_encodable(prompt + completion)
     ids, inside = encode_pair(tokenizer, prompt, completion)
     counted = np.array(inside, dtype=np.bool_)
     counted[:1] = False

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -534,3 +535,27 @@ def test_the_run_that_was_used_longest_ago_is_released_when_memory_is_short(fini
     for name in ("one", "two", "one", "three"):
         catalog.loaded(name)
     assert [catalog.is_loaded(name) for name in ("one", "two", "three")] == [True, False, True]
+
+
+# what the page asks for
+
+
+def test_tokens_of_a_question_are_those_that_a_span_counts(http: httpx.Client, run: Path) -> None:
+    found = http.post("/v1/runs/small/tokens", json=QUESTION).json()
+    whole = open_run(run).query(*QUESTION.values(), k=1).to_json()["query"]
+    assert [*found["prompt"], *found["completion"]] == whole["tokens"]
+    assert len(found["completion"]) == sum(value is not None for value in whole["token_log_probabilities"])
+    assert ask(http, k=1, span=[0, len(found["completion"])]).status_code == 200
+    assert ask(http, k=1, span=[0, len(found["completion"]) + 1]).status_code == 422
+    assert http.post("/v1/runs/small/tokens", json={"completion": ""}).json() == {"prompt": [], "completion": []}
+    half = http.post("/v1/runs/small/tokens", content=b'{"completion": "\\ud83d"}', headers={"Content-Type": "application/json"})
+    assert (half.status_code, half.json()["error"]["code"]) == (422, "invalid")
+
+
+def test_what_a_result_rests_on_is_said_as_in_its_report(http: httpx.Client) -> None:
+    answer = ask(http, bm25=True, k=3).json()
+    said = http.get(f"/v1/queries/{answer['id']}/words").json()
+    report = unescape(http.get(f"/v1/queries/{answer['id']}/report").text)
+    assert len(said["trust"]) == 3
+    assert all(sentence in report for sentence in [*said["trust"], said["distribution"], said["bm25"]])
+    assert http.get("/v1/queries/unknown/words").status_code == 404

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 
 from influence import artifacts
 from influence.errors import RequestError
-from influence.measurement import check_encodable
 from influence.report.layers import kind, take_apart
 from influence.run import Run
 from influence.run_directory import RunDirectory, digest
@@ -256,8 +255,7 @@ def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:
 
 
 def question_tokens(run: Run, prompt: str, completion: str) -> dict[str, list[str]]:
-    """The tokens of a question as texts, those of the completion being what a span counts. Raises RequestError for text no tokenizer takes."""
-    check_encodable(prompt + completion)
+    """The tokens of a question as texts, those of the completion being what a span counts."""
     ids, inside = encode_pair(run.tokenizer, prompt, completion)
     texts = list(zip(run.token_texts(np.array(ids, np.int32)), inside, strict=True))
     return {"prompt": [text for text, within in texts if not within], "completion": [text for text, within in texts if within]}

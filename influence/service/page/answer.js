@@ -63,7 +63,7 @@ function columns(query, prefix, scale, words, note) {
   const column = (id, title, text, list) => html("section", { class: "end", "aria-labelledby": `${prefix}-${id}` }, html("h3", { id: `${prefix}-${id}`, tabindex: -1 }, title), html("p", { class: "caption" }, text), list);
   const none = html("p", { class: "none" }, "No sequence: nothing in the run fulfils the condition.");
   return [
-    column("for", "Made it more likely", `${plural(helped.length, "training sequence")} with the highest scores. Red: reading this token helped.`, helped.length ? ranked(query.run, helped, unit, scale, `${prefix}-helped`, note) : none),
+    column("for", "Made it more likely", `${plural(helped.length, "training sequence")} with the highest scores. Red: reading this token helped. The bars split a score by layer, the first at the left.`, helped.length ? ranked(query.run, helped, unit, scale, `${prefix}-helped`, note) : none),
     column("against", "Made it less likely", `${plural(hurt.length, "training sequence")} with the lowest scores. Teal, underlined: reading this token hurt.`, hurt.length ? ranked(query.run, hurt, unit, scale, `${prefix}-hurt`, note) : none.cloneNode(true)),
     bm25 ? column("words", "Shares its words", bm25.results.length ? `What a search for the words finds (BM25). ${words.bm25}` : "No sequence shares a word with it.", lexical(query.run, bm25.results, place(helped, hurt))) : null,
   ];
@@ -129,8 +129,8 @@ function sharedTable(left, right) {
   const other = left.result.provenance.data !== right.result.provenance.data ? " The runs have different training data, so that equal names may be different texts." : "";
   const cell = ({ side, one }, unit) => html("td", { class: side === "hurt" ? "minus" : "plus" }, `${signed(one.score)} ${unit} `, html("small", {}, `rank ${one.rank}`));
   return html("section", { class: "shared-by-both", "aria-labelledby": "shared-heading" }, html("h3", { id: "shared-heading" }, "In both"), html("p", { class: "caption" }, sentence + other),
-    both.length ? html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Sequences in both answers" }, html("table", {}, html("thead", {}, html("tr", {}, ...["Training sequence", "Left", "Right"].map((text) => html("th", { scope: "col" }, text)))),
-      html("tbody", {}, ...both.map(([id, a, b]) => html("tr", {}, html("th", { scope: "row" }, html("button", { type: "button", class: "name", onclick: () => open(left.run, id) }, id)), cell(a, left.result.unit), cell(b, right.result.unit)))))) : null);
+    both.length ? html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Sequences in both answers" }, html("table", {}, html("thead", {}, html("tr", {}, ...["Training sequence", "Left", "Right", "Text"].map((text) => html("th", { scope: "col" }, text)))),
+      html("tbody", {}, ...both.map(([id, a, b]) => html("tr", {}, html("th", { scope: "row" }, html("button", { type: "button", class: "name", onclick: () => open(left.run, id) }, id)), cell(a, left.result.unit), cell(b, right.result.unit), html("td", { dir: "auto" }, a.one.text)))))) : null);
 }
 
 export function comparison(left, right, words, actions) {

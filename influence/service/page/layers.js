@@ -6,15 +6,16 @@ import { hide, show, tipOf } from "./tips.js";
 const box = (x, y, width, height) => `M${x.toFixed(1)} ${y.toFixed(1)}h${width.toFixed(1)}v${height.toFixed(1)}h${(-width).toFixed(1)}z`;
 const label = (x, y, text, attributes = {}) => svg("text", { x, y, ...attributes }, text);
 
-// One bar a layer from the first to the last: up what helped, down what hurt. `most` is the scale, so that sequences can be compared.
+// One bar a layer from the first to the last: up what helped, down what hurt, as high as the square root of the score, as colours are deep. `most` is
+// the scale of all sequences, so that they can be compared.
 export function bars(sequence, most, unit) {
   const layers = Object.entries(sequence.layers);
-  const [width, half] = [300, 17];
+  const [width, half] = [300, 13];
   const step = width / layers.length;
   const paths = { helped: "", hurt: "" };
   layers.forEach(([, score], i) => {
-    const height = most ? (half * Math.abs(score)) / most : 0;
-    if (height < 0.15) return;
+    const height = half * tone(score, most);
+    if (height < 0.4) return;
     if (score > 0) paths.helped += box(i * step, half - height, step * 0.8, height);
     else paths.hurt += box(i * step, half, step * 0.8, height);
   });
@@ -91,20 +92,32 @@ export function map(helped, hurt, unit, go) {
     for (const [key, value] of Object.entries({ x: x(i) - 0.5, y: y[row] - 0.5, visibility: "visible" })) cursor.setAttribute(key, value);
     return () => cursor.getBoundingClientRect();
   };
+  const columnAt = (event) => {
+    const at = event.clientX - picture.getBoundingClientRect().left;
+    return columns.findIndex((_, i) => at >= x(i) && at < x(i) + cell);
+  };
   const find = (event) => {
     const frame = picture.getBoundingClientRect();
     const row = y.findIndex((at) => event.clientY - frame.top >= at && event.clientY - frame.top < at + rowHeight);
-    const column = columns.findIndex((_, i) => event.clientX - frame.left >= x(i) && event.clientX - frame.left < x(i) + cell);
+    const column = columnAt(event);
     return row >= 0 && column >= 0 ? [column, row] : null;
   };
-  const leave = () => (hide(), cursor.setAttribute("visibility", "hidden"));
-  picture.addEventListener("pointermove", (event) => {
+  const unmark = () => cursor.setAttribute("visibility", "hidden");
+  tipOf(picture, (event) => {
     const found = find(event);
-    if (found) show(lines(...found), put(...found));
-    else leave();
+    if (!found) return void unmark();
+    put(...found);
+    return lines(...found);
   });
-  picture.addEventListener("pointerleave", leave);
-  picture.addEventListener("click", (event) => find(event) && event.pointerType !== "touch" && go(columns[find(event)[0]]));
+  picture.addEventListener("pointerleave", unmark);
+  picture.addEventListener("click", (event) => {
+    const column = columnAt(event);
+    // A finger has no other way to read a cell: it goes to a sequence by the column's head.
+    if (column < 0 || (event.pointerType === "touch" && event.clientY - picture.getBoundingClientRect().top > top)) return;
+    event.stopPropagation();
+    hide();
+    go(columns[column]);
+  });
 
   const container = html("div", { class: "heat", tabindex: 0, role: "group", "aria-label": `Map of ${names.length} layers by ${columns.length} sequences; arrow keys move over the cells, Enter goes to the sequence. The same numbers are in the table below` }, side, picture);
   let at = null;
@@ -119,7 +132,7 @@ export function map(helped, hurt, unit, go) {
     cursor.scrollIntoView({ block: "nearest", inline: "nearest" });
     show(lines(...at), where, true);
   });
-  container.addEventListener("blur", leave);
+  container.addEventListener("blur", () => (hide(), unmark()));
   return container;
 }
 

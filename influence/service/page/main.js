@@ -33,8 +33,13 @@ async function guard(job) {
     if (!(error instanceof api.ApiError)) console.error(error);
     tell(error, () => guard(job));
   } finally {
-    if (mine === work) byId("work").hidden = true;
+    if (mine === work) rest();
   }
+}
+
+function rest() {
+  byId("work").hidden = true;
+  byId("main").removeAttribute("aria-busy");
 }
 
 function tell(error, again) {
@@ -56,6 +61,7 @@ function progress(said, { done = 0, total = 0 } = {}) {
   byId("work").dataset.told = quarter;
   byId("work-said").textContent = text;
   byId("work").hidden = false;
+  byId("main").setAttribute("aria-busy", "true");
 }
 
 // ---- asking and showing ------------------------------------------------------------------------------------------------
@@ -63,7 +69,7 @@ function progress(said, { done = 0, total = 0 } = {}) {
 async function ask(run, body, beside, replace = false) {
   progress("Asking…");
   const stop = work;
-  byId("cancel").onclick = () => (stop.abort(), (byId("work").hidden = true), say("Cancelled"));
+  byId("cancel").onclick = () => (stop.abort(), rest(), say("Cancelled"));
   const query = await api.ask(run, body, stop.signal);
   if (query.result) known.set(query.id, query);
   go({ run, query: query.id, with: beside }, replace);

@@ -15,10 +15,16 @@ export function ranked(run, sequences, unit, scale, anchor, note = () => null) {
   return html("ol", { class: "sequences" }, ...sequences.map((one) => html("li", { id: `${anchor}-${one.rank}`, tabindex: -1, "data-id": one.id },
     meter(one.score, scale.score),
     html("header", {}, html("span", { class: "rank" }, one.rank), html("b", { class: one.score < 0 ? "minus" : "plus" }, signed(one.score), " ", html("small", {}, unit)),
-      name(run, one.id), metadata(one.metadata), one.bm25_rank ? html("span", {}, `BM25 rank ${whole(one.bm25_rank)}`) : null, note(one.id)),
+      name(run, one.id), metadata(one.metadata), one.bm25_rank ? html("span", {}, `BM25 rank ${whole(one.bm25_rank)}`) : null, byRun(one), note(one.id)),
     ...(one.text ? highlighted(one, scale.token, unit) : [html("p", { class: "none" }, "(no text)")]),
     bars(one, scale.layer, unit),
     duplicates(run, one, unit))));
+}
+
+// The score by each run, when several were averaged.
+function byRun(one) {
+  if (!one.runs) return null;
+  return html("span", {}, html("i", {}, "by run"), " ", Object.entries(one.runs).map(([name, score]) => `${name} ${signed(score)}`).join(", "));
 }
 
 function meter(score, most) {
