@@ -334,6 +334,20 @@ def test_a_link_leads_to_the_same_answer_and_the_way_back(visit: Visit) -> None:
     assert visit.ids("Made it more likely") == ids
 
 
+def test_an_answer_to_another_program_is_shown_as_far_as_it_goes(visit: Visit) -> None:
+    ids = {}
+    for name, body in {
+        "one": {"prompt": "Oslo", "completion": " lies", "opponents": True},
+        "all": {"text": "Oslo lies on the Aker."},
+    }.items():
+        ids[name] = httpx.post(f"{visit.url}/v1/runs/small/queries", json=body).json()["id"]
+    visit.open(f"#run=small&query={ids['one']}", ready=".answer")
+    assert visit.tab.locator(".end h3").all_inner_texts() == ["Made it less likely"]
+    visit.open(f"#run=small&query={ids['all']}", ready=".answer")
+    assert visit.tab.locator(".end h3").all_inner_texts() == ["Made it more likely"]
+    assert visit.tab.get_by_label("the model says").input_value() == "Oslo lies on the Aker."
+
+
 def test_questions_are_never_in_what_the_browser_asks_for(visit: Visit) -> None:
     visit.open("#run=small&prompt=Lisbon+lies+on&completion=+the+Tagus&where=source+is+not+null", ready=".answer")
     assert not [asked for asked in visit.requests if "Lisbon" in asked or "Tagus" in asked]
@@ -404,6 +418,7 @@ def test_the_map_answers_the_pointer_and_leads_to_the_sequence(visit: Visit) -> 
     assert visit.tab.evaluate("document.activeElement.id") == "a-helped-1"
     visit.tab.get_by_text("These numbers as a table").click()
     rows = visit.tab.get_by_role("region", name="Scores by layer and sequence").locator("tbody tr")
+    rows.first.wait_for()  # the table is drawn after the click has returned
     assert rows.count() == len(result["results"][0]["layers"]) + 1
 
 

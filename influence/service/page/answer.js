@@ -5,18 +5,13 @@ import * as api from "./api.js";
 import { html, number, percent, plural, signed, svg } from "./dom.js";
 import { csv, save } from "./download.js";
 import { map, table } from "./layers.js";
+import { ends, shown } from "./result.js";
 import { lexical, open, ranked, scaleOf } from "./sequences.js";
 import { asked } from "./tokens.js";
 
 const short = (text, most = 60) => (text.length > most ? `${text.slice(0, most - 1).trimEnd()}…` : text);
 const named = (query) => `“${short((query.result.query.completion || query.result.query.prompt || "").trim())}”`;
 export const question = (query) => ({ ...query.request, run: query.run, completion: query.request.completion ?? query.request.text });
-
-// Ends of a ranking under the names that people have for them, whatever was asked for.
-function ends(query) {
-  const { results, opponents = [] } = query.result;
-  return query.request.opponents ? { helped: [], hurt: results } : { helped: results, hurt: opponents };
-}
 
 // What the numbers are of, in one or two sentences.
 function caption(query) {
@@ -40,7 +35,7 @@ function toolbar(query, words, actions) {
   const button = (text, onclick) => html("button", { type: "button", onclick }, text);
   return html("div", { class: "toolbar", role: "group", "aria-label": "Keep, share, compare" },
     button("JSON", () => save(`${file}.json`, JSON.stringify(query.result, null, 2), "application/json")),
-    button("CSV", () => save(`${file}.csv`, csv(query.result), "text/csv;charset=utf-8")),
+    button("CSV", () => save(`${file}.csv`, csv(query), "text/csv;charset=utf-8")),
     button("HTML report", () => actions.guard(async () => save(`${file}.html`, await api.report(query.id), "text/html"))),
     html("a", { class: "button", href: address.write({ run: query.run, query: query.id }) }, "Link to this answer"),
     query.request.input_ids ? null : html("a", { class: "button", href: address.write(question(query)) }, "Link to the question"),
@@ -51,7 +46,7 @@ function toolbar(query, words, actions) {
 // Where the two kinds of search agree, said at each sequence.
 const place = (helped, hurt) => (id) => {
   for (const [side, sequences] of [["helped", helped], ["hurt", hurt]]) {
-    const found = sequences.find((one) => one.id === id || one.duplicates.some((other) => other.id === id));
+    const found = sequences?.find((one) => one.id === id || one.duplicates.some((other) => other.id === id));
     if (found) return html("span", { class: "shared" }, `${side}, rank ${found.rank}`);
   }
   return null;
@@ -63,15 +58,15 @@ function columns(query, prefix, scale, words, note) {
   const column = (id, title, text, list) => html("section", { class: "end", "aria-labelledby": `${prefix}-${id}` }, html("h3", { id: `${prefix}-${id}`, tabindex: -1 }, title), html("p", { class: "caption" }, text), list);
   const none = html("p", { class: "none" }, "No sequence: nothing in the run fulfils the condition.");
   return [
-    column("for", "Made it more likely", `${plural(helped.length, "training sequence")} with the highest scores. Red: reading this token helped. The bars split a score by layer, the first at the left.`, helped.length ? ranked(query.run, helped, unit, scale, `${prefix}-helped`, note) : none),
-    column("against", "Made it less likely", `${plural(hurt.length, "training sequence")} with the lowest scores. Teal, underlined: reading this token hurt.`, hurt.length ? ranked(query.run, hurt, unit, scale, `${prefix}-hurt`, note) : none.cloneNode(true)),
+    helped && column("for", "Made it more likely", `${plural(helped.length, "training sequence")} with the highest scores. Red: reading this token helped. The bars split a score by layer, the first at the left.`, helped.length ? ranked(query.run, helped, unit, scale, `${prefix}-helped`, note) : none),
+    hurt && column("against", "Made it less likely", `${plural(hurt.length, "training sequence")} with the lowest scores. Teal, underlined: reading this token hurt.`, hurt.length ? ranked(query.run, hurt, unit, scale, `${prefix}-hurt`, note) : none.cloneNode(true)),
     bm25 ? column("words", "Shares its words", bm25.results.length ? `What a search for the words finds (BM25). ${words.bm25}` : "No sequence shares a word with it.", lexical(query.run, bm25.results, place(helped, hurt))) : null,
   ];
 }
 
 function whereInTheModel(query, prefix) {
-  const { helped, hurt } = ends(query);
   const { unit } = query.result;
+  const [helped, hurt] = Object.values(ends(query)).map((sequences) => sequences ?? []);
   if (!helped.length && !hurt.length) return null;
   const go = (one) => {
     const item = document.getElementById(`${prefix}-${helped.includes(one) ? "helped" : "hurt"}-${one.rank}`);
@@ -103,12 +98,10 @@ const shareBar = (share) => svg("svg", { class: "share", viewBox: "0 0 100 4", p
 const head = (query, id) => [html("p", { class: "eyebrow" }, `Run ${query.run}`), html("h2", { id, tabindex: -1 }, "What led to ", html("bdi", {}, named(query)))];
 
 export function answer(query, words, actions) {
-  const { helped, hurt } = ends(query);
-  const scale = scaleOf([...helped, ...hurt]);
-  const shown = columns(query, "a", scale, words).filter(Boolean);
+  const beside = columns(query, "a", scaleOf(shown(query)), words).filter(Boolean);
   return html("article", { class: "answer", "aria-labelledby": "answer-heading" },
     html("header", { class: "lead" }, head(query, "answer-heading"), asked(query.result.query), caption(query), toolbar(query, words, actions)),
-    html("div", { class: `ends of-${shown.length}` }, ...shown), whereInTheModel(query, "a"), restsOn(query, "a", words));
+    html("div", { class: `ends of-${beside.length}` }, ...beside), html("div", { class: "below" }, whereInTheModel(query, "a"), restsOn(query, "a", words)));
 }
 
 // ---- two answers -----------------------------------------------------------------------------------------------------
@@ -117,7 +110,7 @@ const scores = (sequences) => new Map(sequences.flatMap((one) => [[one.id, one],
 
 // [id, side, sequence on the left, sequence on the right] of every sequence that both answers show, the strongest on the left first.
 function shared(left, right) {
-  const sides = (query) => Object.entries(ends(query)).flatMap(([side, all]) => [...scores(all)].map(([id, one]) => [id, { side, one }]));
+  const sides = (query) => Object.entries(ends(query)).flatMap(([side, all]) => [...scores(all ?? [])].map(([id, one]) => [id, { side, one }]));
   const there = new Map(sides(right));
   const both = sides(left).filter(([id]) => there.has(id)).map(([id, here]) => [id, here, there.get(id)]);
   return both.sort(([, a], [, b]) => Math.abs(b.one.score) - Math.abs(a.one.score));
@@ -134,7 +127,7 @@ function sharedTable(left, right) {
 }
 
 export function comparison(left, right, words, actions) {
-  const all = [left, right].map((query) => Object.values(ends(query)).flat());
+  const all = [left, right].map(shown);
   const same = left.result.unit === right.result.unit && left.run === right.run;
   const scales = same ? [scaleOf(all.flat()), scaleOf(all.flat())] : all.map(scaleOf);
   const both = new Set(shared(left, right).map(([id]) => id));

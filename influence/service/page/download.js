@@ -1,6 +1,7 @@
 // An answer as a file: JSON as the service gave it, CSV for spreadsheets, the HTML report.
 
 import { html } from "./dom.js";
+import { ends } from "./result.js";
 
 export function save(name, content, type) {
   const address = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
@@ -20,9 +21,9 @@ function cell(value) {
 }
 
 // One row a ranked sequence: what helped, then what hurt.
-export function csv(result) {
-  const sides = [["helped", result.results], ["hurt", result.opponents ?? []]];
-  const all = sides.flatMap(([side, sequences]) => sequences.map((one) => [side, one]));
+export function csv(query) {
+  const { result } = query;
+  const all = Object.entries(ends(query)).flatMap(([side, sequences]) => (sequences ?? []).map((one) => [side, one]));
   const columns = [...new Set(all.flatMap(([, one]) => Object.keys(one.metadata ?? {})))];
   const head = ["side", "rank", "id", "score", "unit", "bm25_rank", "near_duplicates", "text", ...columns.map((name) => `metadata.${name}`)];
   const rows = all.map(([side, one]) => [side, one.rank, one.id, one.score, result.unit, one.bm25_rank ?? null, (one.duplicates ?? []).map(({ id }) => id).join(" "), one.text, ...columns.map((name) => one.metadata?.[name])]);

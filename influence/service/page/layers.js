@@ -73,15 +73,18 @@ export function map(helped, hurt, unit, go) {
     free = y[row] + 11;
   });
   const picture = svg("svg", { class: "cells", width: right + 16 + sums, height, "aria-hidden": "true" });
+  // Equal colours are one path, so that the page holds as few shapes for ten thousand cells as for a hundred.
+  const paths = new Map([[0, ""]]);
   columns.forEach((column, i) => {
     const size = (34 * Math.abs(column.score)) / (largest(columns.map((one) => one.score)) || 1);
     picture.append(svg("rect", { class: column.score > 0 ? "helped" : "hurt", x: x(i) + 4, y: 48 - size, width: cell - 9, height: size }), label(x(i) + cell / 2, top - 6, column.rank, { "text-anchor": "middle" }));
     names.forEach((_, row) => {
-      const value = cells[i][row];
-      picture.append(svg("rect", { class: "ground", x: x(i), y: y[row], width: cell - 1, height: Math.max(1, rowHeight - 1) }));
-      if (tone(value, most) > 0.03) picture.append(svg("rect", { class: value > 0 ? "helped" : "hurt", "fill-opacity": (0.95 * tone(value, most)).toFixed(2), x: x(i), y: y[row], width: cell - 1, height: Math.max(1, rowHeight - 1) }));
+      const level = Math.round(40 * tone(cells[i][row], most)) * Math.sign(cells[i][row]);
+      const shape = box(x(i), y[row], cell - 1, Math.max(1, rowHeight - 1));
+      for (const key of new Set([0, level])) paths.set(key, (paths.get(key) ?? "") + shape);
     });
   });
+  for (const [level, d] of paths) picture.append(svg("path", level ? { class: level > 0 ? "helped" : "hurt", "fill-opacity": (0.95 * Math.abs(level)) / 40, d } : { class: "ground", d }));
   if (gap) picture.append(label(0, 9, "helped"), label(x(helped.length), 9, "hurt"));
   picture.append(svg("path", { class: "axis", d: `M0 48.5H${right}` }), ...layerSums(cells, names, y, rowHeight, right + 16, sums, top));
   const cursor = svg("rect", { class: "cursor", width: cell, height: rowHeight, visibility: "hidden" });

@@ -152,7 +152,7 @@ async function surprise() {
   seed = Math.floor(Math.random() * 2 ** 31);
   const run = byId("run").value;
   const [{ prompt, completion } = {}] = await api.examples(run, 1, seed);
-  if (completion === undefined) return void byId("surprise").setAttribute("disabled", "");
+  if (completion === undefined) throw new api.ApiError(404, "not_found", "this run has no text to make a question of");
   form.fill({ prompt, completion, bm25: true });
   await ask(run, { prompt, completion, both_ends: true, bm25: true }, left?.id);
 }
