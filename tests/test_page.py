@@ -549,6 +549,19 @@ def test_a_server_that_is_gone_is_told(chromium: Any, runs: Path, tmp_path: Path
         assert visit.tab.get_by_role("button", name="Try again").is_visible()
 
 
+def test_a_run_that_cannot_be_asked_says_why(chromium: Any, runs: Path, tmp_path: Path) -> None:  # noqa: F811
+    broken = tmp_path / "runs" / "broken"
+    broken.mkdir(parents=True)
+    (broken / "run.json").write_text((runs / "small" / "run.json").read_text()[:200])
+    settings = ServiceSettings(runs_dir=broken.parent, state_dir=tmp_path / "state")
+    with application(settings) as url, visiting(chromium, url) as visit:
+        visit.open("#run=broken")
+        said = visit.tab.locator("main").inner_text()
+        assert said.startswith("Run broken cannot be asked")
+        assert "run.json" in said or "damaged" in said
+        assert faults(visit) == []
+
+
 def test_a_service_without_runs_says_so(chromium: Any, tmp_path: Path) -> None:  # noqa: F811
     with application(ServiceSettings(state_dir=tmp_path / "state")) as url, visiting(chromium, url) as visit:
         visit.open()

@@ -10,6 +10,7 @@ answers    from request bodies to result objects, by a run
 engine     the one thread that works with the models: batches of quick queries, and between their units of work the queue
 gate       what every request passes: host, token, limits, audit line, security headers
 routes     the HTTP routes; app: all of it as one ASGI application
+page       what a browser is served at /: plain HTML, CSS and ES modules over these routes
 server     the application in uvicorn, with a graceful stop
 """
 
