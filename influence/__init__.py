@@ -1,6 +1,7 @@
 """Which training examples made this model say that? EK-FAC influence functions for language models, answered from a stored index."""
 
 from influence.answering import QueryOptions, answer, answer_both_ends
+from influence.client import AsyncClient, Client, ServerFailure, ServerRefusal
 from influence.config import Config, load_config
 from influence.errors import RequestError
 from influence.measurement import Measurement, measure_completion, measure_tokens
@@ -10,6 +11,8 @@ from influence.result import InfluenceResult, RankedSequence, report_page
 from influence.run import Run, open_run
 
 __all__ = [
+    "AsyncClient",
+    "Client",
     "Config",
     "InfluenceResult",
     "Measurement",
@@ -18,6 +21,8 @@ __all__ = [
     "RefineOptions",
     "RequestError",
     "Run",
+    "ServerFailure",
+    "ServerRefusal",
     "answer",
     "answer_both_ends",
     "load_config",

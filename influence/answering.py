@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ekfac import Solution, matches
 from indexing import best, group_duplicates, query_rows, row_scores
-from influence.attribution import AttributedModel, SequenceScores, mean_scores, query_gradients, score_sequences, solve
+from influence.attribution import AttributedModel, SequenceScores, mean_scores, query_gradients, scan, score_sequences, solve
 from influence.errors import RequestError
 from influence.lexical import ranks
 from influence.living import Living
@@ -159,12 +159,19 @@ class _Asked:
     def candidates(self, opponents: bool, options: QueryOptions) -> list[NDArray[np.int64]]:
         """For each query, the numbers of the sequences that the index finds for the rerank, best first."""
         assert self.rows is not None
+        if len(self.known) == self.searched:  # the estimates, of whole rows, are what the index would find again
+            found = best(-self.estimates if opponents else self.estimates, num_candidates(self.run, options, opponents)).numbers
+            return list(self.known[found])
         index = self.run.normalized_index if options.normalize else self.run.index
         rows = -self.rows if opponents else self.rows
         return [row[row >= 0] for row in index.search(rows, num_candidates(self.run, options, opponents), self.allowed).numbers]
 
+    def totals(self, numbers: Sequence[int]) -> NDArray[np.float64]:
+        """Exact scores of these sequences for every query, [Q, len(numbers)], in one pass over them."""
+        return scan(self.attributed, self.vectors, self.run.store.select(numbers)) * self.weights[list(numbers)]
+
     def scores(self, place: int, numbers: Sequence[int]) -> SequenceScores:
-        """Exact scores of these sequences for one query."""
+        """Exact scores of these sequences for one query, by layer and by token."""
         one = {name: vector[place] for name, vector in self.vectors.items()}
         return score_sequences(self.attributed, one, self.run.store.select(numbers)).times(self.weights[list(numbers)])
 
@@ -176,15 +183,18 @@ def _asked(
     allowed: NDArray[np.bool_] | None,
     known: NDArray[np.int64],
     progress: Progress,
+    watch: "_Stopwatch",
 ) -> _Asked:
     attributed = selected(run.attributed, options.layers)
     found = solved(run, attributed, measurements, options.refine, progress)
     weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
     rows = None if options.exact else query_rows(found.rotated, run.features, run.signs)
+    watch.lap("gradients")
     if rows is None:
         estimates = run.exact_scores(found.vectors, attributed, progress, allowed)[:, known]
     else:
         estimates = row_scores(rows, run.rows, known).astype(np.float64)
+    watch.lap("search")
     return _Asked(
         run=run,
         attributed=attributed,
@@ -254,44 +264,91 @@ def _answers_of_group(
     allowed: NDArray[np.bool_] | None,
     progress: Progress,
 ) -> list[list[InfluenceResult]]:
-    start = time.perf_counter()
+    watch = _Stopwatch()
     everything = np.arange(len(runs[0].store)) if allowed is None else np.flatnonzero(allowed)
     known = everything if options.exact else runs[0].sample(allowed)
-    asked = [_asked(run, measurements, options, allowed, known, progress) for run in runs]
+    asked = [_asked(run, measurements, options, allowed, known, progress, watch) for run in runs]
     estimates = np.mean([one.estimates for one in asked], axis=0)
-    chosen = {}
-    for sign in signs:
-        if options.exact:
-            chosen[sign] = [list(asked[0].known[best(sign * estimates, options.k + MORE_THAN_SHOWN).numbers])]
-        else:
-            chosen[sign] = [one.candidates(sign < 0, options) for one in asked]
-    shared = (time.perf_counter() - start) / len(measurements) / len(signs)
-    answers = []
-    for place, measurement in enumerate(measurements):
-        results = []
-        for sign in signs:
-            began = time.perf_counter()
-            numbers = list(dict.fromkeys(int(number) for table in chosen[sign] for number in table[place]))
-            by_run = [one.scores(place, numbers) for one in asked]
-            scores = mean_scores(by_run)
-            order = np.argsort(-sign * scores.totals, kind="stable")
-            groups = group_duplicates(asked[0].run.rows, [numbers[place] for place in order], options.k)
-            ranking = _Ranking(numbers=numbers, scores=scores, by_run=by_run, order=order, groups=groups, opponents=sign < 0)
-            seconds = shared + time.perf_counter() - began
-            results.append(_result(asked, place, measurement, options, ranking, estimates[place], seconds))
-        answers.append(results)
-    return answers
+    chosen = [_chosen(asked, estimates, options, sign < 0) for sign in signs]
+    watch.lap("search")
+    # Queries have candidates in common, so one pass over those of all of them costs less than a pass for each.
+    union = sorted({number for table in chosen for numbers in table for number in numbers})
+    columns = {number: column for column, number in enumerate(union)}
+    by_run = [one.totals(union) for one in asked]
+    rankings: list[list[_Ranking]] = []
+    for place in range(len(measurements)):
+        own = [(sign, table[place]) for sign, table in zip(signs, chosen, strict=True)]
+        rankings.append(
+            [
+                _ranking(asked, place, numbers, [t[place, [columns[n] for n in numbers]] for t in by_run], options, sign)
+                for sign, numbers in own
+            ]
+        )
+    watch.lap("rerank")
+    stages = {stage: seconds / len(measurements) / len(signs) for stage, seconds in watch.laps.items()}
+    return [
+        [_result(asked, place, measurement, options, ranking, estimates[place], stages) for ranking in rankings[place]]
+        for place, measurement in enumerate(measurements)
+    ]
+
+
+class _Stopwatch:
+    """Seconds by the names of what was done in them."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _chosen(asked: list[_Asked], estimates: NDArray[np.float64], options: QueryOptions, opponents: bool) -> list[list[int]]:
+    """For each query, the numbers of the sequences that are to be scored exactly: the index's candidates, or the best of an exact scan."""
+    if options.exact:
+        order = best(-estimates if opponents else estimates, options.k + MORE_THAN_SHOWN).numbers
+        return [asked[0].known[row].tolist() for row in order]
+    tables = [one.candidates(opponents, options) for one in asked]
+    return [list(dict.fromkeys(int(number) for table in tables for number in table[place])) for place in range(len(estimates))]
+
+
+def _ranking(
+    asked: list[_Asked], place: int, numbers: list[int], by_run: list[NDArray[np.float64]], options: QueryOptions, sign: float
+) -> "_Ranking":
+    """One query's ranking of its candidates, from their scores by each run; those that are shown are split by layer and by token."""
+    totals = np.mean(by_run, axis=0)
+    order = np.argsort(-sign * totals, kind="stable")
+    groups = group_duplicates(asked[0].run.rows, [numbers[candidate] for candidate in order], options.k)
+    members = [[int(order[candidate]) for candidate in group] for group in groups]
+    by_run_split = [one.scores(place, [numbers[group[0]] for group in members]) for one in asked]
+    split = mean_scores(by_run_split)
+    # By the scores that are shown, which differ from the totals in the last digits.
+    again = np.argsort(-sign * split.totals, kind="stable")
+    return _Ranking(
+        numbers=numbers,
+        totals=totals,
+        groups=[members[group] for group in again],
+        split=_in_order(split, again),
+        by_run=[_in_order(one, again) for one in by_run_split],
+        opponents=sign < 0,
+    )
+
+
+def _in_order(scores: SequenceScores, order: NDArray[np.int64]) -> SequenceScores:
+    return SequenceScores(layers=scores.layers[order], tokens=[scores.tokens[place] for place in order])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Ranking:
-    """Reranked candidates: their numbers and exact scores (on average and by run), and the order of the best."""
+    """Reranked candidates: their numbers and exact scores, and the best of them in order, split by layer and by token."""
 
     numbers: list[int]
-    scores: SequenceScores
-    by_run: list[SequenceScores]
-    order: NDArray[np.int64]  # places in `numbers`, best first
-    groups: list[list[int]]  # places in `order`: what is shown as one result
+    totals: NDArray[np.float64]  # [len(numbers)]
+    groups: list[list[int]]  # places in `numbers`: what is shown as one result, the one of greatest score first
+    split: SequenceScores  # of the first of each group
+    by_run: list[SequenceScores]  # the same for each run
     opponents: bool
 
 
@@ -302,7 +359,7 @@ def _result(
     options: QueryOptions,
     ranking: _Ranking,
     estimates: NDArray[np.float64],
-    seconds: float,
+    stages: dict[str, float],
 ) -> InfluenceResult:
     first = asked[0].run
     query = _query_facts(asked, place, measurement)
@@ -324,7 +381,7 @@ def _result(
         query=query,
         sequences=sequences,
         coverage=_coverage(asked[0]),
-        provenance=_provenance(asked, place, measurement, options, ranking, seconds),
+        provenance=_provenance(asked, place, measurement, options, ranking, stages),
         distribution=distribution,
         lexical=None if lexical is None else _lexical_facts(asked[0], lexical, sequences, options.k),
     )
@@ -351,14 +408,13 @@ def _lexical_facts(asked: _Asked, scores: NDArray[np.float64], shown: Sequence[R
 def _ranked(asked: list[_Asked], lexical: NDArray[np.float64] | None, ranking: _Ranking) -> list[RankedSequence]:
     run, layers = asked[0].run, asked[0].attributed.layers
     total = len(run.training)
-    shown = [ranking.numbers[ranking.order[group[0]]] for group in ranking.groups]
+    shown = [ranking.numbers[group[0]] for group in ranking.groups]
     places = ranks(lexical, shown) if lexical is not None else [None] * len(shown)
     ranked = []
-    for rank, group in enumerate(ranking.groups, 1):
-        place, *others = ranking.order[group]
-        sequence = run.store[ranking.numbers[place]]
-        by_layer, by_token = ranking.scores.layers[place] / total, ranking.scores.tokens[place] / total
-        runs = {name: float(scores.totals[place]) / total for name, scores in zip(_names(asked), ranking.by_run, strict=True)}
+    for rank, (number, (_, *others)) in enumerate(zip(shown, ranking.groups, strict=True), 1):
+        sequence = run.store[number]
+        by_layer, by_token = ranking.split.layers[rank - 1] / total, ranking.split.tokens[rank - 1] / total
+        runs = {name: float(split.totals[rank - 1]) / total for name, split in zip(_names(asked), ranking.by_run, strict=True)}
         ranked.append(
             RankedSequence(
                 rank=rank,
@@ -369,7 +425,7 @@ def _ranked(asked: list[_Asked], lexical: NDArray[np.float64] | None, ranking: _
                 layers={layer.name: float(share) for layer, share in zip(layers, by_layer, strict=True)},
                 tokens=[(token, float(share)) for token, share in zip(run.token_texts(sequence.tokens), by_token, strict=True)],
                 bm25_rank=places[rank - 1],
-                duplicates=tuple((run.store.ids[ranking.numbers[other]], float(ranking.scores.totals[other]) / total) for other in others),
+                duplicates=tuple((run.store.ids[ranking.numbers[other]], float(ranking.totals[other]) / total) for other in others),
                 runs=runs if len(asked) > 1 else {},
             )
         )
@@ -413,7 +469,7 @@ def _provenance(
     measurement: Measurement,
     options: QueryOptions,
     ranking: _Ranking,
-    seconds: float,
+    stages: dict[str, float],
 ) -> dict[str, Any]:
     run, solution = asked[0].run, asked[0].solution
     made_from, damping = run.description["fingerprints"], run.description["settings"]["factors"]["damping"]
@@ -431,7 +487,8 @@ def _provenance(
         "candidates": asked[0].searched if options.exact else len(ranking.numbers),
         "reranked": "exact",
         **_quality(asked, measurement, options, ranking.opponents),
-        "seconds": round(seconds, 4),
+        "seconds": round(sum(stages.values()), 4),
+        "stages": {stage: round(seconds, 4) for stage, seconds in stages.items()},
     }
     if len(asked) > 1:
         facts["averaged_over"] = [

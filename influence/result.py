@@ -1,7 +1,7 @@
 """The answer to a query: ranked training sequences with their scores by layer and token, what was covered, and where it all comes from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,17 @@ class RankedSequence:
             "bm25_rank": self.bm25_rank,
             "duplicates": [{"id": name, "score": score} for name, score in self.duplicates],
         } | ({"runs": self.runs} if self.runs else {})
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "RankedSequence":
+        """What `to_json` was made from."""
+        return cls(
+            **{
+                **value,
+                "tokens": [(token, share) for token, share in value["tokens"]],
+                "duplicates": tuple((one["id"], one["score"]) for one in value["duplicates"]),
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +84,13 @@ class InfluenceResult:
             "provenance": self.provenance,
             "distribution": self.distribution,
         } | ({} if self.lexical is None else {"bm25": self.lexical})
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "InfluenceResult":
+        """What `to_json` was made from."""
+        same = ("id", "unit", "query", "coverage", "provenance", "distribution")
+        sequences = tuple(RankedSequence.from_json(one) for one in value["results"])
+        return cls(**{name: value[name] for name in same}, sequences=sequences, lexical=value.get("bm25"))
 
     def to_pandas(self) -> Any:
         """One row a ranked sequence: rank, id, score, text and metadata."""

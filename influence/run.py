@@ -69,6 +69,19 @@ class Run:
         return RequestError(f"{self.directory} was changed since it was opened: open it again")
 
     @property
+    def is_current(self) -> bool:
+        """Whether nothing was appended or erased since the run was opened; what was removed is always seen."""
+        living = self.directory.living
+        return (living.appended, living.replaced) == (self._opened_with.appended, self._opened_with.replaced)
+
+    def opened_again(self) -> "Run":
+        """The run as it is now on disk; the model and the factors, which no append and no removal changes, are taken over."""
+        fresh = Run(self.directory.path, model=self.model_config.name, memory_budget=self.memory_budget)
+        kept = ("tokenizer", "language_model", "coverage", "attributed", "eigenvectors", "factors", "features", "signs")
+        fresh.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
+        return fresh
+
+    @property
     def shards(self) -> list[str]:
         """The names of the units that stand for the shards of the training sequences."""
         return row_units("part", self.training)

@@ -100,13 +100,14 @@ def measurements_of(
     if queries is not None:
         if prompt is not None or contrast is not None or span is not None:
             raise RequestError("give a prompt and completion (with --contrast or --span), or --queries FILE, not both")
-        return [(name, _measurement_of(run, item, place)) for name, item, place in _read_queries(queries)]
+        return [(name, _measurement_of(run, item, place)) for name, item, place in read_queries(queries)]
     if prompt is None or completion is None:
         raise RequestError("give PROMPT and COMPLETION, or --queries FILE")
-    return [("query", run.measure(prompt, completion, contrast=contrast, span=_parse_span(span)))]
+    return [("query", run.measure(prompt, completion, contrast=contrast, span=parse_span(span)))]
 
 
-def _parse_span(span: str | None) -> tuple[int, int] | None:
+def parse_span(span: str | None) -> tuple[int, int] | None:
+    """The span A:B as two numbers. Raises RequestError for anything else."""
     if span is None:
         return None
     first, colon, last = span.partition(":")
@@ -115,7 +116,8 @@ def _parse_span(span: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def _read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
+def read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
+    """(id, the line's object, where it stands) for each query of the file. Raises RequestError when it holds none, or something else."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -38,11 +38,14 @@ from jobs.options import (
     Refine,
     RefineSequences,
     RefineSteps,
+    Server,
     Where,
     open_within,
     with_config_options,
 )
 from jobs.progress import say
+from jobs.remote import ask_server, questions_of
+from jobs.serve import serve, tokens
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Which training examples made this model say that?"
@@ -176,11 +179,11 @@ def query(
     also: AlsoRuns = None,
     model: ModelOption = None,
     memory_budget: Memory = "16GiB",
+    server: Server = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """The most influential training sequences for a completion."""
-    opened = open_within(run, model, memory_budget)
     options = QueryOptions(
         k=k,
         opponents=opponents,
@@ -192,16 +195,18 @@ def query(
         refine=_refinement(refine, refine_steps, refine_sequences),
         bm25=bm25,
     )
+    if server is not None:
+        if model is not None:
+            raise RequestError("--model is where this machine has the model; a server has its own: leave it out beside --server")
+        questions = questions_of(prompt, completion, contrast, span, queries)
+        results = ask_server(server, str(run), questions, options, [str(other) for other in also or []])
+        _show_results(list(zip([name for name, _ in questions], results, strict=True)), queries is not None, as_json, tokens, bm25)
+        return
+    opened = open_within(run, model, memory_budget)
     asked = measurements_of(opened, prompt, completion, contrast, span, queries)
     results = answer_queries([opened, *(open_within(other, None, memory_budget) for other in also or [])], asked, options)
     keep_answers(opened, results, opponents)
-    if queries is not None and as_json:
-        _print_json({"queries": [result.to_json() | {"id": name} for (name, _), result in zip(asked, results, strict=True)]})
-    elif as_json:
-        _print_json(results[0].to_json())
-    else:
-        for result in results:
-            _print_result(result, tokens, bm25)
+    _show_results([(name, result) for (name, _), result in zip(asked, results, strict=True)], queries is not None, as_json, tokens, bm25)
 
 
 @app.command()
@@ -245,6 +250,8 @@ def report(
 
 
 app.command()(evaluate)
+app.command()(serve)
+app.command()(tokens)
 
 
 @app.command()
@@ -291,6 +298,16 @@ def remove(
         print(f"{run}: removed {done['removed_now']:,} sequences; {done['sequences'] - done['removed']:,} are searched")
     if erase:
         print(f"{run}: erased {done['erased_now']:,} sequences from the files")
+
+
+def _show_results(results: list[tuple[str, InfluenceResult]], several: bool, as_json: bool, tokens: bool, bm25: bool) -> None:
+    if several and as_json:
+        _print_json({"queries": [result.to_json() | {"id": name} for name, result in results]})
+    elif as_json:
+        _print_json(results[0][1].to_json())
+    else:
+        for _, result in results:
+            _print_result(result, tokens, bm25)
 
 
 def _refinement(wanted: bool, steps: int, sequences: int) -> RefineOptions | None:

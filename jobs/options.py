@@ -33,6 +33,10 @@ Where = Annotated[
 Queries = Annotated[Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids")]
 Normalize = Annotated[bool, typer.Option("--normalize", help="divide each score by √self-influence of its sequence (RelatIF)")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="where the model is now, if it moved; its weights must be the same")]
+Server = Annotated[
+    str | None,
+    typer.Option("--server", metavar="URL", help="ask this service, which knows RUN by its name; its token is INFLUENCE_TOKEN"),
+]
 Memory = Annotated[str, typer.Option("--memory-budget", help="memory for model, factors and batches")]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from influence.service import ServiceSettings, create_app
+from influence.service.bodies import QueryBody
 from jobs.cli import app
 from jobs.options import config_options
 
@@ -82,3 +84,16 @@ def test_every_option_is_documented() -> None:
 def test_every_configuration_key_is_documented_with_its_option_and_no_other() -> None:
     documented = re.findall(r"^\| `(\w+\.\w+)` \| `([\w-]+)` \|", reference(), re.M)
     assert dict(documented) == {key: flag for key, (flag, _) in config_options().items()}
+
+
+def test_every_route_is_documented_and_no_other(tmp_path: Path) -> None:
+    """The page is files, not a route of OpenAPI."""
+    documented = set(re.findall(r"^\| `([A-Z]+) (/[^`]*)` \|", reference(), re.M)) - {("GET", "/")}
+    service = create_app(ServiceSettings(state_dir=tmp_path))
+    service.state.service.store.close()
+    assert documented == {(method.upper(), path) for path, methods in service.openapi()["paths"].items() for method in methods}
+
+
+def test_every_field_of_a_query_over_http_is_documented() -> None:
+    section = reference().partition("## HTTP")[2].partition("\n## ")[0]
+    assert [name for name in QueryBody.model_fields if f"`{name}`" not in section] == []

@@ -25,6 +25,8 @@ ONLY_IN = {
     "fastapi": ("influence.service", "jobs"),
     "starlette": ("influence.service", "jobs"),
     "uvicorn": ("influence.service", "jobs"),
+    "prometheus_client": ("influence.service",),
+    "httpx": ("influence.client",),
 }
 PICKLES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 PICKLING_FUNCTIONS = ("torch.load", "torch.save", "pandas.read_pickle", "ray.cloudpickle")
@@ -191,6 +193,8 @@ CAUGHT: list[tuple[Rule, str, str]] = [
     (misplaced_libraries, "influence/services.py", "import fastapi"),
     (misplaced_libraries, "ekfac/a.py", "import uvicorn"),
     (misplaced_libraries, "indexing/a.py", "from starlette import requests"),
+    (misplaced_libraries, "influence/a.py", "import prometheus_client"),
+    (misplaced_libraries, "jobs/a.py", "import httpx"),
     (pickles, "jobs/a.py", "import pickle"),
     (pickles, "jobs/a.py", "from ray import cloudpickle"),
     (pickles, "ekfac/a.py", "import torch as t\nt.load('x')"),
@@ -213,6 +217,7 @@ ALLOWED: list[tuple[Rule, str, str]] = [
     (misplaced_libraries, "indexing/a.py", "import faiss, rayon"),
     (misplaced_libraries, "influence/service/app.py", "from starlette.applications import Starlette"),
     (misplaced_libraries, "influence/service.py", "import fastapi"),
+    (misplaced_libraries, "influence/client.py", "import httpx"),
     (pickles, "ekfac/a.py", "import json\nfrom safetensors.torch import load_file\njson.load(open('x'))"),
     (trusted_inputs, "indexing/a.py", "import numpy as np\nnp.load('x', 'r')\nnp.load('x', allow_pickle=False)"),
     (names_without_a_noun, "jobs/utilities_of_a_bank.py", ""),

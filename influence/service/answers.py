@@ -1,0 +1,105 @@
+"""From the bodies of requests to result objects: what `influence query --json` prints, with the names of runs for their paths.
+
+Knows runs and measurements; knows nothing of queues, threads or HTTP.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from influence.answering import Progress, answer, answer_both_ends
+from influence.errors import RequestError
+from influence.measurement import Measurement
+from influence.result import report_page
+from influence.run import Run
+from influence.run_directory import digest
+from influence.service.bodies import QueryBody
+from influence.service.settings import Limits
+
+QUESTION = {"prompt", "completion", "text", "input_ids", "contrast", "span"}
+"""What may differ between queries that are answered together."""
+
+
+class Stopped(Exception):
+    """Raised out of work that nobody wants any more."""
+
+
+def kind_of(run: str, body: QueryBody) -> str:
+    """Equal for queries that one gradient pass and one search can answer."""
+    return digest([run, body.model_dump(exclude=QUESTION)])
+
+
+def question_of(states: Sequence[str], body: QueryBody) -> str:
+    """Equal for queries that have the same answer: the same body, asked of the same states of the indexes."""
+    return digest([*states, body.model_dump()])
+
+
+def check_limits(body: QueryBody, limits: Limits) -> None:
+    """Raises RequestError for a query that asks for more than is allowed, as far as its body tells."""
+    most = {
+        "k": limits.k,
+        "candidates": limits.candidates,
+        "refine_steps": limits.refine_steps,
+        "refine_sequences": limits.refine_sequences,
+    }
+    for name, limit in most.items():
+        if (getattr(body, name) or 0) > limit:
+            raise RequestError(f"{name} is {getattr(body, name)}, and this service allows at most {limit}")
+    body.options()
+
+
+def measure(run: Run, body: QueryBody, limits: Limits) -> Measurement:
+    """What the query asks of the model. Raises RequestError when it cannot be asked, or has more tokens than are allowed."""
+    if body.input_ids is not None:
+        measurement = run.measure_tokens(list(body.input_ids))
+    elif body.text is not None:
+        measurement = run.measure("", body.text)
+    else:
+        span = (body.span[0], body.span[1]) if body.span else None
+        measurement = run.measure(body.prompt or "", body.completion or "", contrast=body.contrast, span=span)
+    longest = max(len(sequence.tokens) for _, sequence in measurement.parts)
+    if longest > limits.query_tokens:
+        raise RequestError(f"the query has {longest} tokens, and this service allows at most {limits.query_tokens}")
+    return measurement
+
+
+def answers(
+    runs: Mapping[str, Run], measurements: Sequence[Measurement], body: QueryBody, progress: Progress, check: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """One result object for each measurement, by the options of `body`. `check` is called before each batch and may raise `Stopped`."""
+    opened = list(runs.values())
+    names = {str(run.directory): name for name, run in runs.items()}
+    with interruptible(opened, check):
+        if body.both_ends:
+            both = answer_both_ends(opened, measurements, body.options(), progress)
+            results = [for_.to_json() | {"opponents": against.to_json()["results"]} for for_, against in both]
+        else:
+            results = [result.to_json() for result in answer(opened, measurements, body.options(), progress)]
+    return [_named(result, names) for result in results]
+
+
+def _named(result: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The result with the names of runs where their paths stand."""
+    provenance = result["provenance"]
+    provenance["run"] = names[provenance["run"]]
+    for one in provenance.get("averaged_over", []):
+        one["run"] = names[one["run"]]
+    for shown in [*result["results"], *result.get("opponents", [])]:
+        if "runs" in shown:
+            shown["runs"] = {names.get(name, name): score for name, score in shown["runs"].items()}
+    return result
+
+
+@contextmanager
+def interruptible(runs: Sequence[Run], check: Callable[[], None]) -> Iterator[None]:
+    """Within it, `check` is called before every forward pass of the runs' models, which every batch of every kind of work begins with."""
+    with ExitStack() as stack:
+        for run in runs:
+            stack.callback(run.language_model.model.register_forward_pre_hook(lambda _module, _arguments: check()).remove)
+        yield
+
+
+def report(result: Mapping[str, Any], body: Mapping[str, Any], run: str, created: str) -> str:
+    """The HTML report of one result."""
+    sides = {"results": [], "opponents": result["results"]} if body.get("opponents") else {"opponents": result.get("opponents", [])}
+    return report_page([{**result, **sides}], run=run, created=created)

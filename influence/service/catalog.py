@@ -1,0 +1,285 @@
+"""The runs of a service: found by name, loaded when first asked, released when memory is short, opened again when they changed.
+
+Only the engine's thread loads and releases. Other threads read what needs no model: texts, metadata, layers, coverage.
+"""
+
+import gc
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from influence import artifacts
+from influence.errors import RequestError
+from influence.report.layers import kind, take_apart
+from influence.run import Run
+from influence.run_directory import RunDirectory, digest
+from influence.service.errors import ServiceError, not_found, stale
+from influence.service.settings import RUN_NAME, ServiceSettings
+
+log = logging.getLogger("influence.service")
+
+SKETCH_BYTES_PER_ROW = 776
+LONGEST_EXAMPLE = 60
+"""Characters of an example's completion."""
+
+
+@dataclass(kw_only=True)
+class OpenedRun:
+    """A run under its name."""
+
+    name: str
+    run: Run
+    version: Any  # of run.json when it was opened
+    loaded: bool = False
+    in_use: float = 0.0  # a counter of uses: the least is released first
+    names: dict[str, str] = field(default_factory=dict)  # what to write for each path of this machine
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Number by id of every sequence."""
+        return {name: number for number, name in enumerate(self.run.store.ids)}
+
+    @cached_property
+    def documents(self) -> dict[str, list[int]]:
+        """Numbers of each document's sequences."""
+        found: dict[str, list[int]] = {}
+        for number, name in enumerate(self.run.store.documents):
+            found.setdefault(name, []).append(number)
+        return found
+
+
+class Catalog:
+    """Which runs there are, and those that are open."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._settings = settings
+        self._opened: dict[str, OpenedRun] = {}
+        self._lock = threading.Lock()
+        self._uses = 0
+
+    def names(self) -> list[str]:
+        """The names of all runs that are served, in order."""
+        found = set(self._settings.runs)
+        if self._settings.runs_dir is not None:
+            found |= {path.name for path in self._settings.runs_dir.iterdir() if self._in_runs_dir(path.name) is not None}
+        return sorted(found)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._settings.runs or self._in_runs_dir(name) is not None
+
+    def path(self, name: str) -> Path:
+        """Where the run of this name is. Raises 404 for any other name, whatever it looks like."""
+        found = self._settings.runs.get(name) or self._in_runs_dir(name)
+        if found is None:
+            raise not_found(f"no run is called {name!r}")
+        return found
+
+    def _in_runs_dir(self, name: str) -> Path | None:
+        if self._settings.runs_dir is None or not RUN_NAME.fullmatch(name):
+            return None
+        path = self._settings.runs_dir / name
+        inside = path.resolve().parent == self._settings.runs_dir.resolve()  # a link may lead elsewhere
+        return path if inside and (path / "run.json").is_file() else None
+
+    def opened(self, name: str) -> OpenedRun:
+        """The run, opened but not necessarily loaded, as it is now on disk. Raises 404, or 409 when it cannot be served."""
+        path = self.path(name)
+        with self._lock:
+            there = self._opened.get(name)
+            with reading(name, {str(path): name}):
+                version = _version(path)
+                if there is None or there.version != version:
+                    there = self._opened[name] = _open(name, Run(path, memory_budget=self._settings.memory_budget), version)
+                elif not there.run.is_current:
+                    there = self._opened[name] = _open(name, there.run.opened_again(), version, loaded=there.loaded)
+                    log.info("run opened again", extra={"run": name})
+            return there
+
+    def loaded(self, name: str) -> OpenedRun:
+        """The run with all that a query needs in memory; others are released when there is too little of it. For the engine's thread only.
+
+        Raises 409 when a file of it is missing, damaged or made from something else; the file is named.
+        """
+        opened = self.opened(name)
+        self._uses += 1
+        opened.in_use = self._uses
+        if not opened.loaded:
+            with reading(name, opened.names):
+                _load(opened.run)
+            opened.loaded = True
+            log.info("run loaded", extra={"run": name, "bytes": resident_bytes(opened.run)})
+            self._release(but=name)
+        return opened
+
+    def _release(self, but: str) -> None:
+        """Releases the least recently used runs until the rest fits."""
+        with self._lock:
+            loaded = sorted((one for one in self._opened.values() if one.loaded), key=lambda one: one.in_use)
+            total = sum(resident_bytes(one.run) for one in loaded)
+            for one in loaded:
+                if total <= self._settings.memory_budget or one.name == but:
+                    continue
+                total -= resident_bytes(one.run)
+                del self._opened[one.name]
+                log.info("run released", extra={"run": one.name})
+        gc.collect()
+
+    def is_loaded(self, name: str) -> bool:
+        there = self._opened.get(name)
+        return there is not None and there.loaded
+
+    @property
+    def num_loaded(self) -> int:
+        return sum(one.loaded for one in list(self._opened.values()))
+
+    def state_of_index(self, name: str) -> str:
+        """Changes whenever an answer of the run could."""
+        run = self.opened(name).run
+        return digest([run.fingerprints["rows"], run.directory.living.to_json()])
+
+
+@contextmanager
+def reading(run: str, names: Mapping[str, str]) -> Iterator[None]:
+    """Within it, whatever shows that a file of the run cannot be read raises 409."""
+    try:
+        yield
+    except RequestError as error:
+        raise stale(error, names) from None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        log.exception("run is damaged", extra={"run": run})
+        raise ServiceError(
+            409, "stale", f"a file of the run {run} is damaged ({type(error).__name__}): `influence status --verify` says which"
+        ) from None
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    facts = RunDirectory(path).description_path.stat() if RunDirectory(path).description_path.exists() else None
+    return (facts.st_mtime_ns, facts.st_size, facts.st_ino) if facts else (0, 0, 0)
+
+
+def _open(name: str, run: Run, version: Any, loaded: bool = False) -> OpenedRun:
+    path = str(run.directory)
+    names = {path: name, str(run.model_config.name): f"the model of {name}"}
+    return OpenedRun(name=name, run=run, version=version, names=names, loaded=loaded)
+
+
+def _load(run: Run) -> None:
+    """Reads what queries need, after every file of it was checked against its checksum."""
+    for stage, unit, fingerprint in _used_units(run):
+        run.path_of(stage, unit, fingerprint)
+        run.directory.verify(stage, unit)
+    for part in ("attributed", "factors", "signs", "index", "self_influence", "fidelity", "lexical"):
+        getattr(run, part)
+    _ = run.store.ids
+
+
+def _used_units(run: Run) -> Iterator[tuple[str, str, str]]:
+    prints = run.fingerprints
+    for stage in ("sequences", "lexical", "layers", "factors"):
+        yield stage, "all", prints[stage]
+    for part in run.appended:
+        yield "sequences", part.name, artifacts.appended_fingerprint(prints, part.data)
+    for name in sorted({name for layer in run.coverage.layers for name in (layer.input_name, layer.output_name) if name}):
+        yield "eigenbases", name, prints["eigenbases"]
+    for unit, fingerprint in run.row_units.items():
+        yield "rows", unit, fingerprint
+    if run.measures_fidelity:
+        yield "fidelity", "all", prints["fidelity"]
+
+
+def resident_bytes(run: Run) -> int:
+    """What a loaded run keeps in memory: weights, factors, where each weight goes in a row, and the sketch of every row, normalized or not."""
+    weights = sum(p.numel() * p.element_size() for p in run.language_model.model.parameters())
+    vectors = sum(tensor.numel() * tensor.element_size() for tensor in run.eigenvectors.values())
+    per_weight = sum(20 * layer.shape[0] * layer.shape[1] for layer in run.coverage.layers)
+    return weights + vectors + per_weight + 2 * SKETCH_BYTES_PER_ROW * run.rows.num_rows
+
+
+def sequence_facts(opened: OpenedRun, name: str) -> dict[str, Any]:
+    """A sequence by its id, with the ids of its document's. Raises 404 when there is none, or it was removed."""
+    run = opened.run
+    number, live = opened.numbers.get(name), run.live
+    if number is None or not live[number]:
+        raise not_found(f"no sequence of {opened.name} is called {name!r}")
+    found = run.store[number]
+    return {
+        "id": name,
+        "text": found.text,
+        "metadata": found.metadata,
+        "num_tokens": len(found.tokens),
+        "document": found.document,
+        "sequences_of_document": [run.store.ids[other] for other in opened.documents[found.document] if live[other]],
+    }
+
+
+def layer_report(run: Run) -> dict[str, Any]:
+    """Every attributed layer with its factors' figures, and what is left out."""
+    summary = artifacts.read_factor_summary(run.path_of("factors"))
+    layers = [
+        {
+            "name": layer.name,
+            "modules": list(layer.modules),
+            "type": layer.kind,
+            "kind": kind(layer.name),
+            "block": take_apart(layer.name).block,
+            "shape": list(layer.shape),
+            "parameters": layer.shape[0] * layer.shape[1],
+            **summary[layer.name],
+        }
+        for layer in run.coverage.layers
+    ]
+    return {"layers": layers, "excluded": run.coverage.excluded, "parameters_attributed": run.coverage.share}
+
+
+def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:
+    """Halves of training sequences, cut at a word, as prompt and completion; which ones depends on `seed` and their ids alone."""
+    found, live = [], run.live
+    for number in run.hash_order(seed):
+        text = run.training[int(number)].text if live[number] else ""
+        cut = text.find(" ", len(text) // 2)
+        if text[:cut].strip() and 0 < cut < len(text) - 1:
+            end = min(len(text), cut + LONGEST_EXAMPLE)
+            found.append({"sequence": run.training.ids[int(number)], "prompt": text[:cut], "completion": text[cut:end]})
+        if len(found) == count:
+            break
+    return found
+
+
+def facts_of(catalog: Catalog, name: str, limits: dict[str, int]) -> dict[str, Any]:
+    """What is served under this name; a run that cannot be served says why."""
+    try:
+        opened = catalog.opened(name)
+        with reading(name, opened.names):
+            return _facts(opened, catalog.is_loaded(name), limits)
+    except ServiceError as error:
+        if error.status == 404:
+            raise
+        return {"name": name, "state": "unusable", "error": error.message}
+
+
+def _facts(opened: OpenedRun, loaded: bool, limits: dict[str, int]) -> dict[str, Any]:
+    run = opened.run
+    return {
+        "name": opened.name,
+        "state": "loaded" if loaded else "available",
+        "sequences": int(run.live.sum()),
+        "training_sequences": len(run.training),
+        "metadata": run.description["settings"]["data"]["metadata"],
+        "sequence_length": run.description["settings"]["data"]["sequence_length"],
+        "damping": run.description["settings"]["factors"]["damping"],
+        "coverage": {
+            "parameters_attributed": run.coverage.share,
+            "layers": len(run.coverage.layers),
+            "excluded": run.coverage.excluded,
+        },
+        "fidelity": run.fidelity.to_json() if run.fidelity else None,
+        "fingerprints": run.description["fingerprints"],
+        "limits": limits,
+    }

@@ -1,0 +1,344 @@
+"""The one thread that works with models: it answers quick queries in batches and, when there are none, works off the queue of accepted ones.
+
+A model is never used by two threads. Long work steps aside for quick queries whenever it reports progress, between its shards or steps. Before
+every batch of sequences it is asked whether anybody still wants the result.
+"""
+
+import json
+import logging
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+from influence.answering import ignore
+from influence.errors import RequestError
+from influence.service.answers import Stopped, answers, measure
+from influence.service.bodies import QueryBody
+from influence.service.catalog import Catalog
+from influence.service.errors import ServiceError, busy, refused
+from influence.service.metrics import Metrics
+from influence.service.settings import Limits
+from influence.service.store import LEASE_SECONDS, Query, QueryStore, Question, new_id
+
+log = logging.getLogger("influence.service")
+
+PATIENCE = 0.02
+"""How much of the time that a batch took the next one waits for one more query: those who got answers ask again, but not all at once."""
+MOST_PATIENCE_SECONDS = 0.1
+
+POLL_SECONDS = 0.5
+"""How often the queue is looked at: for queries of other processes, and for cancellations while work goes on."""
+
+Outcome = dict[str, Any] | ServiceError
+Answer = tuple[str, str]
+"""(id under which it is kept, JSON of the result object)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """A quick query that waits for its answer. Whoever gives up cancels the future."""
+
+    question: Question
+    body: QueryBody
+    future: "Future[Answer]" = field(default_factory=Future)
+    since: float = field(default_factory=time.monotonic)
+
+
+class Engine:
+    """Answers what it is given until it is stopped."""
+
+    def __init__(self, catalog: Catalog, store: QueryStore, metrics: Metrics, limits: Limits) -> None:
+        self._catalog, self._store, self._metrics, self._limits = catalog, store, metrics, limits
+        self._worker = new_id()
+        self._waiting: deque[Ticket] = deque()
+        self._changed = threading.Condition()
+        self._to_load: deque[str] = deque()
+        self._loading = True
+        self._draining = False  # no accepted query is begun, and the one at work is handed back
+        self._stopped = False
+        self._beside_work = False  # a quick batch is answered while long work stands aside
+        self._last_seconds = 0.0  # what the last quick batch took
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._work, self._renew)]
+
+    # for other threads
+
+    def start(self, load: Sequence[str]) -> None:
+        """Begins to work, and first loads these runs."""
+        self._to_load.extend(load)
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything that is loaded at start is loaded, and new work is taken."""
+        return not (self._loading or self._draining)
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def ask(self, question: Question, body: QueryBody) -> "Future[Answer]":
+        """The answer, later. Raises 503 when too many queries wait or the service is about to stop."""
+        ticket = Ticket(question=question, body=body)
+        with self._changed:
+            if self._draining:
+                raise busy("the service is about to stop", 5)
+            if len(self._waiting) >= self._limits.waiting:
+                raise busy(f"{len(self._waiting)} queries are waiting already", 1 + len(self._waiting) // self._limits.batch)
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket.future
+
+    def wake(self) -> None:
+        """Says that a query was accepted."""
+        with self._changed:
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Hands back the accepted query at work and begins no other; quick queries that wait are still answered."""
+        self._draining = True
+        self.wake()
+
+    def stop(self, timeout_seconds: float) -> None:
+        """Ends the work. What was accepted and not finished is queued for the next process."""
+        self.drain()
+        self._stopped = True
+        self.wake()
+        for thread in self._threads:
+            thread.join(timeout_seconds)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    # the thread
+
+    def _work(self) -> None:
+        while self._to_load:
+            name, before = self._to_load.popleft(), self._catalog.num_loaded
+            try:
+                self._catalog.loaded(name)
+                if self._catalog.num_loaded <= before:  # another had to go for it: memory holds no more
+                    self._to_load.clear()
+            except ServiceError as error:
+                log.error("run cannot be served", extra={"run": name, "error": error.message})
+            except Exception:
+                log.exception("run cannot be loaded", extra={"run": name})
+        self._loading = False
+        while not (self._stopped and not self._waiting):
+            try:
+                if not self._answer_waiting() and not self._work_off_queue():
+                    with self._changed:
+                        self._changed.wait_for(lambda: bool(self._waiting) or self._stopped, POLL_SECONDS)
+            except Exception:
+                log.exception("the engine goes on after an error")
+                time.sleep(POLL_SECONDS)
+        self._store.hand_back(self._worker)
+
+    def _renew(self) -> None:
+        while self._threads[0].is_alive():
+            try:
+                self._store.renew(self._worker)
+            except Exception:
+                log.exception("the queue could not be written")
+            self._threads[0].join(LEASE_SECONDS / 4)
+
+    # quick queries
+
+    def _answer_waiting(self) -> bool:
+        """Answers the next batch of quick queries; whether there was one."""
+        batch = self._next_batch()
+        if not batch:
+            return False
+        first = batch[0]
+        start = time.monotonic()
+        for ticket in batch:
+            self._metrics.stage_seconds.labels("wait").observe(start - ticket.since)
+
+        def check() -> None:
+            if all(ticket.future.cancelled() for ticket in batch):
+                raise Stopped
+
+        outcomes = self._outcomes(first.question.run, [ticket.body for ticket in batch], ignore, check)
+        answered = [(name := new_id(), _text(name, one)) if isinstance(one, dict) else one for one in outcomes]
+        try:
+            self._store.keep([(*one, ticket.question) for ticket, one in zip(batch, answered, strict=True) if isinstance(one, tuple)])
+        except sqlite3.Error:
+            log.exception("answers are given but could not be kept")
+        for ticket, one in zip(batch, answered, strict=True):
+            self._metrics.queries.labels("done" if isinstance(one, tuple) else one.code).inc()
+            _settle(ticket.future, one)
+        self._last_seconds = time.monotonic() - start
+        return True
+
+    def _next_batch(self) -> list[Ticket]:
+        """The query that waits longest and others of its kind, after a short wait for more of them."""
+        with self._changed:
+            while self._waiting and len(self._waiting) < self._limits.batch:
+                before = len(self._waiting)
+                self._changed.wait(self._limits.batch_seconds + min(MOST_PATIENCE_SECONDS, PATIENCE * self._last_seconds))
+                if len(self._waiting) == before:
+                    break
+            wanted = [ticket for ticket in self._waiting if not ticket.future.cancelled()]
+            batch = [ticket for ticket in wanted if ticket.question.kind == wanted[0].question.kind][: self._limits.batch]
+            self._waiting = deque(ticket for ticket in wanted if ticket not in batch)
+            return batch
+
+    # accepted queries
+
+    def _work_off_queue(self) -> bool:
+        """Works on the next accepted queries of one kind; whether there were any."""
+        if self._draining:
+            return False
+        queries = self._store.claim(self._worker, self._limits.batch)
+        if not queries:
+            return False
+        try:
+            self._work_on(queries)
+        except Exception:
+            self._store.hand_back(self._worker)
+            raise
+        return True
+
+    def _work_on(self, queries: Sequence[Query]) -> None:
+        watch = _Watch(self, time.monotonic() + self._limits.job_seconds)
+        bodies = [QueryBody.model_validate(query.body) for query in queries]
+        outcomes = self._outcomes(queries[0].run, bodies, watch.progress, watch.check)
+        if self._draining and any(isinstance(outcome, ServiceError) and outcome.code == "stopped" for outcome in outcomes):
+            self._store.hand_back(self._worker)
+            return
+        for query, outcome in zip(queries, outcomes, strict=True):
+            self._end(query, outcome, watch)
+
+    def _end(self, query: Query, outcome: Outcome, watch: "_Watch") -> None:
+        if isinstance(outcome, dict):
+            ended = self._store.finish(self._worker, query.id, _text(query.id, outcome))
+        elif watch.timed_out:
+            message = f"the query took longer than {self._limits.job_seconds:g} seconds and was stopped"
+            ended = self._store.fail(self._worker, query.id, "timeout", message)
+        else:
+            ended = self._store.fail(self._worker, query.id, outcome.code, outcome.message)
+        how = "done" if isinstance(outcome, dict) else "failed"
+        if ended:
+            log.info("query ended", extra={"query": query.id, "outcome": how})
+        self._metrics.queries.labels(how if ended else "cancelled").inc()
+
+    # both
+
+    def _outcomes(
+        self, run: str, bodies: Sequence[QueryBody], progress: Callable[[int, int], None], check: Callable[[], None]
+    ) -> list[Outcome]:
+        """A result object or an error for each query; all are of one kind."""
+        start = time.monotonic()
+        self._metrics.batch_size.observe(len(bodies))
+        try:
+            found = self._answered(run, bodies, progress, check)
+        except ServiceError as error:
+            found = [error] * len(bodies)
+        except Stopped:
+            found = [ServiceError(503, "stopped", "the query was stopped")] * len(bodies)
+        except Exception:
+            if len(bodies) > 1:  # the fault of one is not that of the others
+                return [outcome for body in bodies for outcome in self._outcomes(run, [body], progress, check)]
+            log.exception("a query failed", extra={"run": run})
+            found = [ServiceError(500, "failed", "the query failed; the log of the service says why")]
+        self._metrics.stage_seconds.labels("whole").observe(time.monotonic() - start)
+        return found
+
+    def _answered(
+        self, run: str, bodies: Sequence[QueryBody], progress: Callable[[int, int], None], check: Callable[[], None], again: bool = True
+    ) -> list[Outcome]:
+        start = time.monotonic()
+        opened = {name: self._catalog.loaded(name) for name in [run, *bodies[0].also]}
+        self._metrics.stage_seconds.labels("load").observe(time.monotonic() - start)
+        names = {path: name for one in opened.values() for path, name in one.names.items()}
+        outcomes: list[Outcome | None] = [None] * len(bodies)
+        measurements = {}
+        for place, body in enumerate(bodies):
+            try:
+                measurements[place] = measure(opened[run].run, body, self._limits)
+            except RequestError as error:
+                outcomes[place] = refused(error, names)
+        try:
+            runs = {name: one.run for name, one in opened.items()}
+            results = answers(runs, list(measurements.values()), bodies[0], progress, check) if measurements else []
+        except RequestError as error:
+            if again and not all(one.run.is_current for one in opened.values()):  # the run changed under the query: ask it as it is now
+                return self._answered(run, bodies, progress, check, again=False)
+            if len(bodies) > 1:
+                raise
+            return [refused(error, names)]
+        for place, result in zip(measurements, results, strict=True):
+            outcomes[place] = result
+        for stage in results[0]["provenance"]["stages"] if results else ():
+            self._metrics.stage_seconds.labels(stage).observe(sum(result["provenance"]["stages"][stage] for result in results))
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    # what long work asks for
+
+    def step_aside(self) -> None:
+        """Answers the quick queries that came meanwhile."""
+        self._beside_work = True
+        try:
+            while self._waiting and self._answer_waiting():
+                pass
+        finally:
+            self._beside_work = False
+
+    def unwanted(self) -> bool:
+        """Whether the accepted queries at work were all cancelled, or are to be handed back."""
+        return self._draining or not self._store.held(self._worker)
+
+    def report(self, done: int, total: int) -> None:
+        self._store.report(self._worker, done, total)
+
+    @property
+    def beside_work(self) -> bool:
+        return self._beside_work
+
+
+class _Watch:
+    """What happens between the parts of long work."""
+
+    def __init__(self, engine: Engine, deadline: float) -> None:
+        self._engine, self._deadline = engine, deadline
+        self._checked = self._reported = 0.0
+        self.timed_out = False
+
+    def progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._reported >= POLL_SECONDS or done == total:
+            self._reported = now
+            self._engine.report(done, total)
+        self._engine.step_aside()
+        self.check()
+
+    def check(self) -> None:
+        """Raises Stopped when nobody wants the result or it takes too long. Quick queries that are answered meanwhile are no part of the work."""
+        now = time.monotonic()
+        if self._engine.beside_work or now - self._checked < POLL_SECONDS:
+            return
+        self._checked = now
+        self.timed_out = now > self._deadline
+        if self.timed_out or self._engine.unwanted():
+            raise Stopped
+
+
+def _text(name: str, result: dict[str, Any]) -> str:
+    """The result object's JSON, with the id under which it is kept."""
+    return json.dumps(result | {"id": name}, ensure_ascii=False, allow_nan=False)
+
+
+def _settle(future: "Future[Answer]", outcome: Answer | ServiceError) -> None:
+    try:
+        if isinstance(outcome, tuple):
+            future.set_result(outcome)
+        else:
+            future.set_exception(outcome)
+    except InvalidStateError:
+        pass  # whoever asked gave up at this very moment

@@ -1,0 +1,52 @@
+"""The service on Ray Serve: the same application in several replicas, behind Serve's proxy. They share one state directory, and so one queue."""
+
+import signal
+import threading
+from collections.abc import Callable
+
+from ray import serve
+
+from influence.config import ResourcesConfig
+from influence.service.app import create_app
+from influence.service.logs import write_json_logs
+from influence.service.settings import ServiceSettings
+from jobs.executors import ray_connection
+
+NAME = "influence"
+
+
+def deploy(settings: ServiceSettings, replicas: int, cpus_per_replica: float = 1.0) -> None:
+    """Runs the application on the Ray that this process is connected to, in so many replicas, each with its own models in memory.
+
+    Accepted queries wait in the SQLite file of the state directory, which all replicas must see: those of one machine, or machines with a file
+    system in common on which SQLite's locks work.
+    """
+
+    def application() -> object:
+        write_json_logs()
+        return create_app(settings)
+
+    limit = settings.limits.requests
+    deployment = serve.deployment(
+        num_replicas=replicas,
+        max_ongoing_requests=limit,
+        ray_actor_options={"num_cpus": cpus_per_replica},
+        graceful_shutdown_timeout_s=30,
+    )(serve.ingress(application)())
+    serve.run(deployment.bind(), name=NAME, route_prefix="/")
+
+
+def serve_on_ray(
+    settings: ServiceSettings, host: str, port: int, replicas: int, address: str | None, listening: Callable[[str], None]
+) -> None:
+    """Serves from replicas until SIGTERM or SIGINT; `listening` is called with the address."""
+    create_app(settings).state.service.store.close()  # what is wrong with the settings is said here and not in a replica's log
+    ended = threading.Event()
+    with ray_connection(ResourcesConfig(address=address, workers=replicas)):
+        serve.start(http_options={"host": host, "port": port})
+        deploy(settings, replicas)
+        listening(f"http://{host}:{port}/")
+        for stopping in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(stopping, lambda *_: ended.set())
+        ended.wait()
+        serve.shutdown()

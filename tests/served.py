@@ -1,0 +1,94 @@
+"""Real servers over real runs: `influence serve` in a process of its own, or the application in a thread of this one where limits are to be set."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from influence.service import ServiceSettings, create_app
+
+WAIT_SECONDS = 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A server that listens, and its log."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def stop(self) -> int:
+        """Asks it to stop; its exit status."""
+        self.process.terminate()
+        return self.process.wait(WAIT_SECONDS)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(WAIT_SECONDS)
+
+
+@contextmanager
+def serving(log: Path, *arguments: object, environment: Mapping[str, str] | None = None, ready: bool = True) -> Iterator[Served]:
+    """`influence serve` with these arguments on a free port, until the context ends."""
+    words = [sys.executable, "-c", "from jobs.cli import main; main()", "serve", *map(str, arguments), "--port", "0"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(words, env=variables, stdout=subprocess.DEVNULL, stderr=stream)
+    try:
+        address = until(lambda: _address(log, process))
+        if ready:
+            until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+        yield Served(url=address, log=log, process=process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _address(log: Path, process: subprocess.Popen[bytes]) -> str | None:
+    text = log.read_text()
+    assert process.poll() is None, text
+    lines = [line for line in text.splitlines() if line.startswith("serving ")]
+    return lines[0].rpartition(" at ")[2].rstrip("/") if lines else None
+
+
+def until(condition: Any) -> Any:
+    """What the condition gives, as soon as it gives something."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+    return found
+
+
+@contextmanager
+def application(settings: ServiceSettings) -> Iterator[str]:
+    """The address of the application with these settings, in a thread; its runs are loaded."""
+    app = create_app(settings)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started and app.state.service.engine.ready)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        app.state.service.engine.drain()
+        server.should_exit = True
+        thread.join(WAIT_SECONDS)
+        assert not thread.is_alive()
+
+
+def without_times(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result object without what differs between two who ask: id, name of the run, seconds."""
+    provenance = {key: value for key, value in result["provenance"].items() if key not in ("run", "seconds", "stages")}
+    return {**{key: value for key, value in result.items() if key != "id"}, "provenance": provenance}

@@ -1,0 +1,140 @@
+"""The Python client and `influence query --server`: the results of a local run, and patience with a server that is busy or gone for a moment."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import application
+from small_run import Influence, write_jsonl
+from test_service import QUESTION, assert_same, run  # noqa: F401
+
+from influence import AsyncClient, Client, InfluenceResult, ServerFailure, ServerRefusal
+from influence.errors import RequestError
+from influence.run import open_run
+from influence.service import ServiceSettings
+from influence.service.settings import named_runs
+
+
+@pytest.fixture(scope="module")
+def url(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:  # noqa: F811
+    with application(ServiceSettings(runs=named_runs([run]), state_dir=tmp_path_factory.mktemp("state"))) as address:
+        yield address
+
+
+def test_a_result_survives_its_journey_as_json(finished: Path) -> None:
+    result = open_run(finished).query(*QUESTION.values(), k=3, bm25=True)
+    assert InfluenceResult.from_json(json.loads(json.dumps(result.to_json()))).to_json() == json.loads(json.dumps(result.to_json()))
+
+
+def test_the_client_gives_what_the_run_gives(url: str, run: Path) -> None:  # noqa: F811
+    expected = open_run(run).query(*QUESTION.values(), k=3)
+    with Client(url) as client:
+        assert_same(client.query("small", *QUESTION.values(), k=3).to_json(), expected.to_json())
+        exact = client.query("small", *QUESTION.values(), k=3, exact=True)
+        assert_same(exact.to_json(), open_run(run).query(*QUESTION.values(), k=3, exact=True).to_json())
+        assert client.state(exact.id)["state"] == "done"
+        assert "<!DOCTYPE html>" in client.report(exact.id)
+        assert client.queries(1)[0]["id"] == exact.id
+        assert client.cancel(exact.id)["id"] == exact.id
+        assert client.runs()[0]["name"] == "small"
+        assert client.sequence("small", "doc-00:0")["document"] == "doc-00"
+        assert client.layers("small")["parameters_attributed"] == 1.0
+
+
+def test_the_asynchronous_client_does_the_same(url: str) -> None:
+    async def both() -> tuple[InfluenceResult, InfluenceResult, dict[str, Any]]:
+        async with AsyncClient(url) as client:
+            quick, exact = await asyncio.gather(
+                client.query("small", *QUESTION.values(), k=3), client.query("small", *QUESTION.values(), k=3, exact=True)
+            )
+            return quick, exact, await client.sequence("small", "doc-00:0")
+
+    quick, exact, sequence = asyncio.run(both())
+    with Client(url) as client:
+        assert_same(quick.to_json(), client.query("small", *QUESTION.values(), k=3).to_json())
+        assert_same(exact.to_json(), client.query("small", *QUESTION.values(), k=3, exact=True).to_json())
+        assert sequence == client.sequence("small", "doc-00:0")
+
+
+def test_a_refusal_says_what_the_service_says(url: str) -> None:
+    with Client(url) as client, pytest.raises(ServerRefusal, match="no run is called 'other'") as refusal:
+        client.query("other", *QUESTION.values())
+    assert (refusal.value.status, refusal.value.code) == (404, "not_found")
+    with Client(url) as client, pytest.raises(ServerRefusal, match="no attributed layer"):
+        client.query("small", *QUESTION.values(), exact=True, layers=["nothing"])
+    with pytest.raises(RequestError, match="begins with http"):
+        Client("localhost:8000")
+
+
+class _Moody(BaseHTTPRequestHandler):
+    """Answers 503 twice, then what it has; after `slow` it takes its time."""
+
+    answers: list[int]
+
+    def do_GET(self) -> None:
+        status = type(self).answers.pop(0) if type(self).answers else 200
+        body = b'{"runs": []}' if status == 200 else b'{"error": {"code": "busy", "message": "come back later"}}'
+        if status == 200 and self.path.startswith("/v1/runs/slow"):
+            time.sleep(2)
+        self.send_response(status)
+        self.send_header("Retry-After", "0")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def moody() -> Iterator[tuple[str, type[_Moody]]]:
+    handler = type("Handler", (_Moody,), {"answers": []})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_busy_server_is_asked_again_as_often_as_allowed(moody: tuple[str, type[_Moody]]) -> None:
+    url, handler = moody
+    handler.answers = [503, 429, 503]
+    with Client(url, retries=3) as client:
+        assert client.runs() == []
+    handler.answers = [503] * 3
+    with Client(url, retries=2) as client, pytest.raises(ServerFailure, match="come back later"):
+        client.runs()
+
+
+def test_a_call_ends_at_its_time_limit(moody: tuple[str, type[_Moody]]) -> None:
+    url, _ = moody
+    start = time.monotonic()
+    with Client(url, timeout_seconds=0.5) as client, pytest.raises(TimeoutError, match=r"no answer within 0\.5 seconds"):
+        client.layers("slow")
+    assert time.monotonic() - start < 1.5
+
+
+def test_no_server_is_told_in_one_line(influence: Influence) -> None:
+    with Client("http://127.0.0.1:9", retries=1) as client, pytest.raises(ServerFailure, match="cannot be reached"):
+        client.runs()
+
+
+def test_the_command_line_asks_a_server(url: str, run: Path, tmp_path: Path, influence: Influence) -> None:  # noqa: F811
+    words = [*QUESTION.values(), "-k", 3, "--contrast", " the Aker", "--json"]
+    assert_same(influence("query", "small", *words, "--server", url).json, influence("query", run, *words).json)
+    queries = write_jsonl(tmp_path / "queries.jsonl", [{"id": "a", **QUESTION}, {"id": "b", "text": "Oslo lies on the Aker."}])
+    words = ["--queries", queries, "-k", 2, "--json"]
+    there, here = influence("query", "small", *words, "--server", url).json, influence("query", run, *words).json
+    assert [one["id"] for one in there["queries"]] == ["a", "b"]
+    for one, other in zip(there["queries"], here["queries"], strict=True):
+        assert_same(one, other)
+    influence("query", "other", *QUESTION.values(), "--server", url).says("no run is called 'other'")
+    influence("query", "small", *QUESTION.values(), "--server", url, "--model", "x").says("leave it out beside --server")

@@ -1,0 +1,213 @@
+"""The queue of accepted queries: each ends exactly once, with the right result, whatever becomes of the processes that work on it."""
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served import serving, until
+from test_service import QUESTION, ask, assert_same, finished_query
+
+from influence.errors import RequestError
+from influence.run import open_run
+from influence.service import store as store_module
+from influence.service.store import MOST_ATTEMPTS, QueryStore, Question
+
+
+def question(name: str = "one", user: str = "ada", kind: str = "scan") -> Question:
+    return Question(user=user, run="small", question=name, kind=kind, body={"prompt": name, "completion": " x"})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[QueryStore]:
+    opened = QueryStore(tmp_path / "state", kept=100)
+    yield opened
+    opened.close()
+
+
+def state_of(store: QueryStore, name: str) -> str:
+    found = store.get(name)
+    assert found is not None
+    return found.state
+
+
+def test_a_query_goes_from_queued_to_running_to_done(store: QueryStore) -> None:
+    name = store.accept(question()).id
+    assert state_of(store, name) == "queued"
+    (claimed,) = store.claim("worker", 8)
+    assert (claimed.id, claimed.body, state_of(store, name)) == (name, question().body, "running")
+    assert store.finish("worker", name, '{"id": 1}')
+    assert (state_of(store, name), store.claim("worker", 8)) == ("done", [])
+
+
+def test_queries_of_one_kind_are_claimed_together_oldest_first(store: QueryStore) -> None:
+    names = [store.accept(question(str(number), kind="abab"[number])).id for number in range(4)]
+    assert [query.id for query in store.claim("worker", 8)] == [names[0], names[2]]
+    assert [query.id for query in store.claim("other", 1)] == [names[1]]
+
+
+def test_the_same_question_that_waits_is_not_queued_again_and_another_users_is(store: QueryStore) -> None:
+    first = store.accept(question())
+    assert store.accept(question()).id == first.id
+    assert store.accept(question(user="eve")).id != first.id
+    store.cancel(first.id)
+    assert store.accept(question()).id != first.id
+
+
+def test_only_the_holder_finishes_a_query_and_only_once(store: QueryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = store.accept(question()).id
+    monkeypatch.setattr(store_module, "LEASE_SECONDS", -1.0)  # the worker is dead at once
+    store.claim("dead", 8)
+    monkeypatch.undo()
+    assert [query.id for query in store.claim("alive", 8)] == [name]
+    assert not store.finish("dead", name, '"late"'), "it was taken over"
+    assert store.finish("alive", name, '"right"')
+    assert not store.finish("alive", name, '"twice"')
+    found = store.get(name)
+    assert found is not None
+    assert found.result == '"right"'
+
+
+def test_a_query_that_ends_its_workers_fails_after_some_of_them(store: QueryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = store.accept(question()).id
+    monkeypatch.setattr(store_module, "LEASE_SECONDS", -1.0)
+    for _ in range(MOST_ATTEMPTS):
+        assert len(store.claim("dead", 8)) == 1
+    assert (store.claim("alive", 8), state_of(store, name)) == ([], "failed")
+
+
+def test_what_is_handed_back_was_no_attempt(store: QueryStore) -> None:
+    name = store.accept(question()).id
+    for _ in range(2 * MOST_ATTEMPTS):
+        assert len(store.claim("worker", 8)) == 1
+        store.hand_back("worker")
+    assert state_of(store, name) == "queued"
+
+
+def test_a_cancelled_query_is_held_no_more_and_cannot_be_finished(store: QueryStore) -> None:
+    name = store.accept(question()).id
+    store.claim("worker", 8)
+    assert store.held("worker") == {name}
+    assert store.cancel(name)
+    assert (store.held("worker"), store.finish("worker", name, "{}"), store.cancel(name)) == (set(), False, False)
+
+
+def test_the_oldest_finished_queries_are_forgotten_and_unfinished_ones_never(tmp_path: Path) -> None:
+    store = QueryStore(tmp_path, kept=2)
+    waiting = store.accept(question("waiting")).id
+    store.keep([(f"name-{number}", "{}", question(str(number))) for number in range(4)])
+    assert [store.get(name) is not None for name in (waiting, "name-0", "name-1", "name-2", "name-3")] == [True, False, False, True, True]
+    store.close()
+
+
+def test_a_file_that_is_no_queue_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "queries.sqlite3").write_bytes(b"something else entirely, and long enough to be looked at" * 100)
+    with pytest.raises(RequestError, match="cannot be used as the queue"):
+        QueryStore(tmp_path, kept=1)
+
+
+def test_a_queue_of_another_version_is_refused(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "queries.sqlite3") as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(RequestError, match="another version"):
+        QueryStore(tmp_path, kept=1)
+
+
+def test_two_processes_that_claim_at_once_never_hold_the_same_query(tmp_path: Path) -> None:
+    store = QueryStore(tmp_path, kept=100)
+    names = [store.accept(question(str(number))).id for number in range(40)]
+    script = (
+        "import sys, json; from pathlib import Path; from influence.service.store import QueryStore\n"
+        "store, held = QueryStore(Path(sys.argv[1]), kept=100), []\n"
+        "while claimed := store.claim(sys.argv[2], 1): held += [query.id for query in claimed]\n"
+        "print(json.dumps(held))"
+    )
+    workers = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), worker], stdout=subprocess.PIPE, text=True) for worker in "ab"
+    ]
+    held = [json.loads(worker.communicate(timeout=60)[0]) for worker in workers]
+    assert sorted(held[0] + held[1]) == sorted(names)
+    store.close()
+
+
+# whole servers
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "runs" / "small"))
+
+
+def wait_for_work(http: httpx.Client, names: list[str]) -> None:
+    """Until one of the queries is no longer just queued."""
+    until(lambda: any(http.get(f"/v1/queries/{name}").json()["state"] != "queued" for name in names))
+
+
+def test_killed_in_the_middle_of_its_queue_it_ends_every_query_once_after_a_restart(run: Path, tmp_path: Path) -> None:
+    names: list[str] = []
+    for round_ in range(2):
+        with (
+            serving(tmp_path / f"log-{round_}", run, "--state-dir", tmp_path / "state") as served,
+            httpx.Client(base_url=served.url) as http,
+        ):
+            # the options differ, so that each is work of its own
+            names += [ask(http, exact=True, k=1 + round_ + 2 * number).json()["id"] for number in range(5)]
+            wait_for_work(http, names)
+            served.kill()
+    assert len(set(names)) == 10
+    with serving(tmp_path / "log-last", run, "--state-dir", tmp_path / "state") as served, httpx.Client(base_url=served.url) as http:
+        expected = open_run(run).query(*QUESTION.values(), exact=True, k=10).to_json()
+        for name in names:
+            state = finished_query(http, name)
+            assert state["state"] == "done", state["error"]
+            k = state["request"].get("k", 10)
+            assert [one["id"] for one in state["result"]["results"]] == [one["id"] for one in expected["results"]][:k]
+        assert_same(finished_query(http, names[-1])["result"], expected)
+    logs = [json.loads(line) for log in tmp_path.glob("log-*") for line in log.read_text().splitlines() if line.startswith("{")]
+    assert sorted(line["query"] for line in logs if line["message"] == "query ended") == sorted(names), "each ended once"
+
+
+def test_asked_to_stop_it_hands_its_work_back_and_ends_well(run: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "log", run, "--state-dir", tmp_path / "state") as served, httpx.Client(base_url=served.url) as http:
+        names = [ask(http, exact=True, k=k).json()["id"] for k in range(1, 9)]
+        start = time.monotonic()
+        assert served.stop() == 0
+        assert time.monotonic() - start < 20
+    store = QueryStore(tmp_path / "state", kept=100)
+    states = {name: state_of(store, name) for name in names}
+    store.close()
+    assert set(states.values()) <= {"queued", "done"}
+    with serving(tmp_path / "log", run, "--state-dir", tmp_path / "state") as served, httpx.Client(base_url=served.url) as http:
+        assert {finished_query(http, name)["state"] for name in names} == {"done"}
+
+
+def test_with_json_the_address_is_one_object_on_standard_output(run: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "jobs.cli", "serve", str(run), "--port", "0", "--state-dir", str(tmp_path / "state"), "--json"]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        assert httpx.get(f"{said['url']}healthz").json() == {"status": "ok"}
+        assert said["runs"] == ["small"]
+        process.terminate()
+        assert (process.wait(60), process.stdout.read()) == (0, "")
+
+
+def test_a_server_that_loads_is_alive_and_not_ready(run: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "log", run, "--state-dir", tmp_path / "state", ready=False) as served:
+        statuses: list[tuple[int, int]] = []
+
+        def look() -> Any:
+            statuses.append((httpx.get(f"{served.url}/healthz").status_code, httpx.get(f"{served.url}/readyz").status_code))
+            return statuses[-1][1] == 200
+
+        until(look)
+        assert statuses[0] == (200, 503)
+        assert {alive for alive, _ in statuses} == {200}
