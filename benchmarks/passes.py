@@ -1,25 +1,29 @@
-"""The cost of each pass as a multiple of F: a plain forward and backward pass with all weight gradients, over the same tokens.
+"""The seconds of each pass of the main job, also as multiples of F: a plain forward and backward pass with all weight gradients.
 
-    python benchmarks/passes.py [--layers 6 --width 384 --length 128 --sequences 128 --vocabulary 4096 --repeats 3] [--blocks]
+    python benchmarks/passes.py FOLDER --json FILE.json [--all] [--make 128] [--queries 16] [--repeats 3] [--scores FILE.npy]
 
-Passes and F take turns on one GPT-2-architecture model with random weights and random tokens, on the GPU when there is one; the table shows
-medians. All parameters are attributed, or with --blocks those of the linear layers of the blocks. F is given its best batch size of those tried.
-Nothing is written to disk but the table, on standard output.
+FOLDER holds `model/` and `tokens.npy` as for `kronfluence_passes.py` and `bergson_passes.py`, which measure the others on the same folder; `--make`
+writes them first: GPT-2's architecture with random weights, 6 layers of width 384, and so many sequences of 128 random tokens. Attributed are the
+linear layers of the blocks, or with `--all` every parameter. Passes take turns with F; medians are reported, and the peak of memory of each.
 """
 
 import argparse
-import resource
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
+from peer_passes import default_device, one_part, options, plain_stage, report
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ekfac import (
+    Covariance,
     Damping,
+    Eigenbasis,
+    EigenvalueSum,
+    LayerFactors,
     assemble,
     attributable_layers,
     capture,
@@ -31,134 +35,109 @@ from ekfac import (
     true_label_loss,
 )
 from indexing import RowFormat, feature_rows, feature_spec, row_length_within, spreaders
-from influence.attribution import AttributedModel, precondition, query_gradients, scan, score_sequences
-from influence.batches import batch_budget, collate, in_batches
+from influence.attribution import AttributedModel, query_gradients, scan, score_sequences, solve
+from influence.batches import batch_budget, in_batches
 from influence.measurement import Measurement
-from influence.refinement import RefineOptions, refine
 from influence.sequences import TrainingSequence
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default in {"layers": 6, "width": 384, "length": 128, "sequences": 128, "vocabulary": 4096, "repeats": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--blocks", action="store_true")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--all", action="store_true", help="attribute every parameter, not only the linear layers of the blocks")
+    own.add_argument("--make", type=int, help="write FOLDER first, with so many sequences")
+    mine, rest = own.parse_known_args()
+    sys.argv[1:] = rest
+    opts = options((__doc__ or "").split("\n")[0])
+    if mine.make:
+        make_folder(opts.folder, mine.make)
+    model = GPT2LMHeadModel.from_pretrained(opts.folder / "model", dtype=torch.float32).to(default_device()).eval()
+    sequences = read_sequences(opts.folder)
+    passes = Passes(model, sequences, opts.queries, ["*"] if mine.all else ["*.attn.*", "*.mlp.*"])
+    plain = plain_stage(opts.folder, torch.from_numpy(np.stack([sequence.tokens for sequence in sequences]).astype(np.int64)))
+    stages = [plain, *(one_part(name, [{}], lambda _setting, _count, work=work: work()) for name, work in passes.all().items())]
+    report("this project", stages, {}, opts, len(sequences))
+    if opts.scores:
+        np.save(opts.scores, passes.scores)
+
+
+def make_folder(folder: Path, count: int) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=options.vocabulary,
-        n_positions=options.length,
-        n_embd=options.width,
-        n_layer=options.layers,
-        n_head=options.width // 64,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPT2LMHeadModel(config).to(device).eval()
-    sequences = random_sequences(options.sequences, options.length, options.vocabulary)
-    passes = Passes(model, sequences, device, ["*.attn.*", "*.mlp.*"] if options.blocks else ["*"])
-    seconds: dict[str, list[float]] = {}
-    for _ in range(options.repeats):
-        for name, work in passes.all().items():
-            seconds.setdefault(name, []).append(timed(work, device))
-            print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
-    print(
-        f"{device.type}, {torch.get_num_threads()} threads; {options.layers} layers, width {options.width}, {options.sequences} × {options.length}"
-    )
-    print(table({name: statistics.median(values) for name, values in seconds.items()}))
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"\npeak memory of the process: {peak / 2**30:.2f} GiB")
+    config = GPT2Config(vocab_size=4096, n_positions=128, n_embd=384, n_layer=6, n_head=6, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder / "model")
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 4096, (count, 128)).astype(np.int32))
 
 
-def random_sequences(count: int, length: int, vocabulary: int) -> list[TrainingSequence]:
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (count, length)).astype(np.int32)
-    counted = np.arange(length) > 0
-    return [TrainingSequence(id=str(n), document="", tokens=row, counted=counted, text="", metadata={}) for n, row in enumerate(tokens)]
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def table(seconds: dict[str, float]) -> str:
-    plain = min(value for name, value in seconds.items() if name.startswith("F "))
-    lines = ["", "| pass | seconds | F |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.2f} | {value / plain:.2f} |" for name, value in seconds.items()]
-    return "\n".join(lines)
+def read_sequences(folder: Path) -> list[TrainingSequence]:
+    rows = np.load(folder / "tokens.npy").astype(np.int32)
+    counted = np.arange(rows.shape[1]) > 0
+    return [TrainingSequence(id=str(n), document="", tokens=row, counted=counted, text="", metadata={}) for n, row in enumerate(rows)]
 
 
 class Passes:
-    """Every pass of the main job as a function without arguments, the factors made once beforehand."""
+    """Every pass of the main job as a function without arguments, each using what the one before it has made."""
 
-    def __init__(self, model: GPT2LMHeadModel, sequences: list[TrainingSequence], device: torch.device, patterns: list[str]) -> None:
-        self.model, self.sequences, self.device = model, sequences, device
+    covariances: dict[str, Covariance]
+    bases: dict[str, Eigenbasis]
+    sums: dict[str, EigenvalueSum]
+    factors: dict[str, LayerFactors]
+    vectors: dict[str, Tensor]
+    scores: np.ndarray
+
+    def __init__(self, model: GPT2LMHeadModel, sequences: list[TrainingSequence], num_queries: int, patterns: list[str]) -> None:
+        self.model, self.sequences = model, sequences
+        device = default_device()
         example = torch.zeros((1, 2), dtype=torch.int64, device=device)
         self.layers = attributable_layers(model, lambda m: m(input_ids=example), patterns).layers
         budget = batch_budget(model, self.layers, 8 * 2**30, len(sequences[0].tokens))
         self.attributed = AttributedModel(model=model, layers=self.layers, budget=budget, device=device)
         self.batches = [batch for _, batch in in_batches(sequences, budget, device)]
+        asked: Iterable[TrainingSequence] = (sequences[n % len(sequences)] for n in range(num_queries))
+        self.asked = [Measurement(prompt="", completion="", contrast=None, parts=((1.0, s),)) for s in asked]
         self.loss = drawn_label_loss(0)
-        self.covariances = covariance_pass(model, self.layers, self.batches, self.loss, reached_positions)
-        self.bases = {name: eigenbasis(covariance) for name, covariance in self.covariances.items()}
-        self.vectors = {name: basis.vectors.float() for name, basis in self.bases.items()}
-        sums = eigenvalue_pass(model, self.layers, self.vectors, self.batches, self.loss, reached_positions)
-        self.factors = assemble(self.layers, self.bases, sums, Damping(value=0.1))
-        weights = {name: factor.row_weight() for name, factor in self.factors.items()}
-        self.spec = feature_spec(self.layers, weights, row_length_within("bit", 8192), seed=0)
-        self.format = RowFormat(encoding="bit", length=self.spec.row_length)
-        self.signs = spreaders(self.spec, self.factors)
-        self.damping = {name: factor.damping for name, factor in self.factors.items()}
-        self.queries = self.preconditioned(16)
 
     def all(self) -> dict[str, Callable[[], object]]:
-        size = len(self.batches[0].tokens)
         return {
-            **{f"F in batches of {n}": lambda n=n: self.plain(n) for n in sorted({8, size})},  # type: ignore[misc]
-            "capture, drawn labels": lambda: self.captured(self.loss),
-            "capture, true labels": lambda: self.captured(true_label_loss),
-            "covariances": lambda: covariance_pass(self.model, self.layers, self.batches, self.loss, reached_positions),
-            "eigenbases": lambda: [eigenbasis(covariance) for covariance in self.covariances.values()],
-            "corrected eigenvalues": lambda: eigenvalue_pass(
-                self.model, self.layers, self.vectors, self.batches, self.loss, reached_positions
-            ),
-            "index rows of 8 KiB": self.rows,
-            "exact scan, 1 query": lambda: scan(
-                self.attributed, {name: vector[:1] for name, vector in self.queries.items()}, self.sequences
-            ),
-            "exact scan, 16 queries, their gradients included": lambda: scan(self.attributed, self.preconditioned(16), self.sequences),
-            "Gauss-Newton product with 16 vectors": lambda: refine(
-                self.attributed, self.queries, self.factors, self.damping, self.sequences, RefineOptions(steps=1), lambda *_: None
-            ),
-            "rerank of all sequences, with layers and tokens": lambda: score_sequences(
-                self.attributed, {name: vector[0] for name, vector in self.queries.items()}, self.sequences
-            ),
+            "capture": self.capture,
+            "covariances": self.make_covariances,
+            "eigendecompositions": self.make_bases,
+            "eigenvalues": self.make_factors,
+            "rows of 8 KiB": self.rows,
+            "queries": self.make_vectors,
+            "scan": self.scan,
+            "rerank of all, with layers and tokens": self.rerank,
         }
 
-    def plain(self, size: int) -> None:
-        self.model.requires_grad_(True)
-        for start in range(0, len(self.sequences), size):
-            batch = collate(self.sequences[start : start + size], self.device)
-            self.model.zero_grad(set_to_none=True)
-            true_label_loss(self.model, batch).backward()
-        self.model.zero_grad(set_to_none=True)
-
-    def captured(self, loss: Callable[..., torch.Tensor]) -> None:
+    def capture(self) -> None:
         for batch in self.batches:
-            capture(self.model, self.layers, lambda batch=batch: loss(self.model, batch), batch.reached, lambda *_: None)  # type: ignore[misc]
+            capture(self.model, self.layers, lambda batch=batch: self.loss(self.model, batch), batch.reached, lambda *_: None)  # type: ignore[misc]
+
+    def make_covariances(self) -> None:
+        self.covariances = covariance_pass(self.model, self.layers, self.batches, self.loss, reached_positions)
+
+    def make_bases(self) -> None:
+        self.bases = {name: eigenbasis(covariance, "float32") for name, covariance in self.covariances.items()}
+
+    def make_factors(self) -> None:
+        vectors = {name: basis.vectors for name, basis in self.bases.items()}
+        sums = eigenvalue_pass(self.model, self.layers, vectors, self.batches, self.loss, reached_positions)
+        self.factors = assemble(self.layers, self.bases, sums, Damping(value=0.1))
 
     def rows(self) -> None:
+        weights = {name: factor.row_weight() for name, factor in self.factors.items()}
+        spec = feature_spec(self.layers, weights, row_length_within("bit", 8192), seed=0)
+        signs, row_format = spreaders(spec, self.factors), RowFormat(encoding="bit", length=spec.row_length)
         for batch in self.batches:
-            rows, _ = feature_rows(self.model, self.layers, self.factors, self.spec, self.signs, true_label_loss, batch)
-            self.format.encode(rows)
+            rows, _ = feature_rows(self.model, self.layers, self.factors, spec, signs, true_label_loss, batch)
+            row_format.encode(rows)
 
-    def preconditioned(self, count: int) -> dict[str, torch.Tensor]:
-        asked = [Measurement(prompt="", completion="", contrast=None, parts=((1.0, s),)) for s in self.sequences[:count]]
-        return precondition(query_gradients(self.attributed, asked).gradients, self.factors)
+    def make_vectors(self) -> None:
+        self.vectors = solve(query_gradients(self.attributed, self.asked, self.factors).gradients, self.factors)
+
+    def scan(self) -> None:
+        self.scores = scan(self.attributed, self.vectors, self.sequences)
+
+    def rerank(self) -> None:
+        score_sequences(self.attributed, {name: vector[0] for name, vector in self.vectors.items()}, self.sequences)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import torch
 from ekfac import true_label_loss
 from influence import RefineOptions, open_run
 from influence.answering import selected, solved
-from influence.attribution import query_gradients
 from influence.batches import collate
 from influence.run import Run
 
@@ -36,12 +35,12 @@ def main() -> None:
         run.optimizer_state = None  # the cached property, as if there were none
     attributed = selected(run.attributed, options.layers)
     lines = options.queries_file.read_text(encoding="utf-8").splitlines()[: options.queries]
-    gradients = query_gradients(attributed, [run.measure_tokens(json.loads(line)["input_ids"]) for line in lines]).gradients
+    measurements = [run.measure_tokens(json.loads(line)["input_ids"]) for line in lines]
     _ = run.factors, run.refining_damping
     plain = plain_seconds(run)
     start = time.perf_counter()
     settings = RefineOptions(sequences=options.sequences, steps=options.steps, tolerance=0.0)
-    _, solution = solved(run, attributed, gradients, settings)
+    solution = solved(run, attributed, measurements, settings).refinement
     seconds = time.perf_counter() - start
     assert solution is not None
     parameters = sum(layer.shape[0] * layer.shape[1] for layer in attributed.layers)

@@ -43,10 +43,7 @@ B = TypeVar("B")
 
 def merge(left: Mapping[str, S], right: Mapping[str, S]) -> dict[str, S]:
     """The sum of two passes' partial sums, name by name."""
-    merged = dict(left)
-    for name, part in right.items():
-        _add(merged, name, part)
-    return merged
+    return {**left, **{name: left[name] + part if name in left else part for name, part in right.items()}}
 
 
 def reached_positions(batch: SequenceBatch) -> Tensor:
@@ -59,12 +56,13 @@ def covariance_pass(model: nn.Module, layers: Sequence[Layer], batches: Iterable
     totals: dict[str, Covariance] = {}
 
     def consume(layer: Layer, record: Record) -> None:
+        inputs, outputs = str(layer.input_name), str(layer.output_name)
         if isinstance(record, EmbeddingIO):
-            _add(totals, str(layer.input_name), feature_covariance(record))
+            totals[inputs] = feature_covariance(record, totals.get(inputs))
         elif isinstance(record, LayerIO):
-            _add(totals, str(layer.output_name), output_covariance(record))
+            totals[outputs] = output_covariance(record, totals.get(outputs))
             if layer.name == layer.input_group:
-                _add(totals, str(layer.input_name), input_covariance(record))
+                totals[inputs] = input_covariance(record, totals.get(inputs))
 
     needed = [layer for layer in layers if layer.input_name]
     for batch in batches:
@@ -79,7 +77,8 @@ def eigenvalue_pass(
     totals: dict[str, EigenvalueSum] = {}
 
     def consume(layer: Layer, record: Record) -> None:
-        _add(totals, layer.name, eigenvalue_sum(record, of(bases, layer.input_name), of(bases, layer.output_name), layer.shape))
+        vectors = of(bases, layer.input_name), of(bases, layer.output_name)
+        totals[layer.name] = eigenvalue_sum(record, *vectors, layer.shape, totals.get(layer.name))
 
     for batch in batches:
         capture(model, layers, partial(loss, model, batch), mask(batch), consume)
@@ -89,10 +88,6 @@ def eigenvalue_pass(
 def of(bases: Mapping[str, B], name: str | None) -> B | None:
     """The basis of this name; None, which stands for the identity, for a side without one."""
     return None if name is None else bases[name]
-
-
-def _add(totals: dict[str, S], name: str, part: S) -> None:
-    totals[name] = totals[name] + part if name in totals else part
 
 
 def assemble(
@@ -129,8 +124,8 @@ def fit(
     loss = loss or drawn_label_loss(seed)
     coverage = attributable_layers(model, lambda model: loss(model, batches[0]), layers)
     covariances = covariance_pass(model, coverage.layers, batches, loss, mask)
-    bases = {name: eigenbasis(covariance) for name, covariance in covariances.items()}
     dtype = "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
-    vectors = {name: basis.vectors.to(getattr(torch, dtype)) for name, basis in bases.items()}
+    bases = {name: eigenbasis(covariance, dtype) for name, covariance in covariances.items()}
+    vectors = {name: basis.vectors for name, basis in bases.items()}
     eigenvalues = eigenvalue_pass(model, coverage.layers, vectors, batches, loss, mask)
     return assemble(coverage.layers, bases, eigenvalues, damping or Damping(value=0.1), dtype), coverage

@@ -12,19 +12,19 @@ Knows neither a framework nor a model nor files; see `record` for the normal for
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import array_api_compat
 
-from ekfac.record import Array, EmbeddingIO, LayerIO, Record, Rows, gradient_blocks
+from ekfac.record import Array, EmbeddingIO, LayerIO, Record, gradient_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Covariance:
     """Sum over counted positions of x xᵀ: a partial sum, merged with `+` in any grouping."""
 
-    total: Array  # [D, D] float64
-    num_positions: int
+    total: Array  # [D, D] float64: on and above the diagonal; what stands below it has no meaning
+    num_positions: Any  # a whole number, which may still be on the device
 
     def __add__(self, other: "Covariance") -> "Covariance":
         return Covariance(total=self.total + other.total, num_positions=self.num_positions + other.num_positions)
@@ -34,7 +34,7 @@ class Covariance:
 class Eigenbasis:
     """Eigenvectors of a covariance, ascending by eigenvalue; each column's largest entry in absolute value is positive."""
 
-    values: Array  # [D] float64
+    values: Array  # [D]
     vectors: Array  # [D, D], one eigenvector a column
 
 
@@ -72,82 +72,91 @@ class Damping:
         return self.value * float(xp.mean(eigenvalues))
 
 
-def input_covariance(record: LayerIO) -> Covariance:
-    """Σ over counted positions of ā āᵀ with ā = (activation, 1 if there is a bias): [J, J]."""
+def input_covariance(record: LayerIO, before: Covariance | None = None) -> Covariance:
+    """Σ over counted positions of ā āᵀ with ā = (activation, 1 if there is a bias), [J, J], added to `before`, which may be changed."""
     xp = array_api_compat.array_namespace(record.activations)
-    weights = xp.astype(record.mask, record.activations.dtype)
-    inputs = record.activations * weights[:, :, None]
-    if record.bias:
-        inputs = xp.concat([inputs, weights[:, :, None]], axis=2)
-    return _covariance(inputs, record.mask)
+    weights = xp.astype(record.mask, record.activations.dtype)[:, :, None]
+    return _covariance([record.activations * weights], [weights] if record.bias else [], record.mask, before)
 
 
-def output_covariance(record: LayerIO) -> Covariance:
-    """Σ over counted positions of g gᵀ, g the output gradient: [O, O]."""
-    xp = array_api_compat.array_namespace(record.output_gradients)
-    weights = xp.astype(record.mask, record.output_gradients.dtype)
-    return _covariance(record.output_gradients * weights[:, :, None], record.mask)
+def output_covariance(record: LayerIO, before: Covariance | None = None) -> Covariance:
+    """Σ over positions of g gᵀ, g the output gradient (zero where the loss does not reach), [O, O], added to `before`, which may be changed."""
+    return _covariance([record.output_gradients], [], record.mask, before)
 
 
-def feature_covariance(record: EmbeddingIO) -> Covariance:
+def feature_covariance(record: EmbeddingIO, before: Covariance | None = None) -> Covariance:
     """Σ over counted positions of G_tᵀ G_t, with G_t [O, J] the share of position t in a table's gradient through its head and through its lookup.
 
-    That is ‖output gradient‖² x̄ x̄ᵀ for the head's inputs x̄, and g gᵀ for the gradient g of a looked-up row: [J, J].
+    That is ‖output gradient‖² x̄ x̄ᵀ for the head's inputs x̄, and g gᵀ for the gradient g of a looked-up row: [J, J], added to `before`.
     """
-    parts = []
     xp = array_api_compat.array_namespace(record.mask)
+    parts, ones = [], []
     if record.head is not None:
-        norms = xp.sqrt(xp.sum(record.head.output_gradients**2, axis=2))
-        weighted = record.head.activations * norms[:, :, None]
-        parts.append(xp.concat([weighted, norms[:, :, None]], axis=2) if record.head.bias else weighted)
+        norms = xp.sqrt(xp.sum(record.head.output_gradients**2, axis=2))[:, :, None]
+        norms = norms * xp.astype(record.mask, norms.dtype)[:, :, None]
+        parts.append(record.head.activations * norms)
+        ones += [norms] if record.head.bias else []
     if record.lookup is not None:
-        gradients = record.lookup.row_gradients
-        if missing := (parts[0].shape[2] - gradients.shape[2] if parts else 0):  # the column of the head's bias
-            gradients = xp.concat([gradients, xp.zeros_like(gradients[:, :, :missing])], axis=2)
-        parts.append(gradients)
-    weights = xp.astype(record.mask, parts[0].dtype)[:, :, None]
-    covariances = [_covariance(part * weights, record.mask) for part in parts]
-    return Covariance(total=sum(part.total for part in covariances), num_positions=covariances[0].num_positions)
+        parts.append(record.lookup.row_gradients * xp.astype(record.mask, record.lookup.row_gradients.dtype)[:, :, None])
+    return _covariance(parts, ones, record.mask, before)
 
 
-def _covariance(masked: Array, mask: Array) -> Covariance:
-    xp = array_api_compat.array_namespace(masked)
-    flat = xp.reshape(masked, (-1, masked.shape[-1]))
-    return Covariance(total=xp.astype(flat.T @ flat, xp.float64), num_positions=int(xp.count_nonzero(mask)))
+PANEL = 256
+"""Columns of a covariance that are computed at once. What lies below the panels' diagonal blocks is not, which halves the work for wide layers."""
 
 
-def eigenbasis(covariance: Covariance) -> Eigenbasis:
-    """Eigenvectors of the mean covariance, computed in float64.
+def _covariance(parts: list[Array], ones: list[Array], mask: Array, before: Covariance | None) -> Covariance:
+    """Σ over the parts [N, T, I] and their positions of x xᵀ, the first part's x having its entry of `ones` [N, T, 1] as a last coordinate."""
+    xp, size = array_api_compat.array_namespace(mask), parts[0].shape[2] + len(ones)
+    total = xp.zeros((size, size), dtype=xp.float64, device=array_api_compat.device(mask)) if before is None else before.total
+    for flat in (xp.reshape(part, (-1, part.shape[2])) for part in parts):
+        for first in range(0, flat.shape[1], PANEL):
+            columns = slice(first, min(first + PANEL, flat.shape[1]))
+            products = flat[:, columns].T @ flat[:, first:]
+            total = _added(total, (columns, slice(first, flat.shape[1])), products)
+    for last in (xp.reshape(column, (-1,)) for column in ones):
+        flat = xp.reshape(parts[0], (-1, size - 1))
+        total = _added(total, (slice(size), size - 1), xp.concat([last @ flat, xp.sum(last * last)[None]]))
+    return Covariance(total=total, num_positions=xp.count_nonzero(mask) + (before.num_positions if before else 0))
+
+
+def _added(total: Array, where: Any, values: Array) -> Array:
+    """`total` with values added there, changed in place where the library allows it."""
+    if array_api_compat.is_jax_array(total):
+        return total.at[where].add(values)
+    total[where] += values
+    return total
+
+
+def eigenbasis(covariance: Covariance, dtype: str = "float64") -> Eigenbasis:
+    """Eigenvectors of the mean covariance, computed in `dtype`: float32 takes half the time, and gives a basis as orthogonal as it can represent.
 
     Raises ValueError if no position was counted or an entry is not finite.
     """
     xp = array_api_compat.array_namespace(covariance.total)
-    if covariance.num_positions == 0:
+    if int(covariance.num_positions) == 0:
         raise ValueError("a covariance of no positions has no eigenbasis: no token of the fitting sequences is counted")
     mean = covariance.total / covariance.num_positions
     if not bool(xp.all(xp.isfinite(mean))):
         raise ValueError("the covariance has entries that are not finite: the model gave non-finite activations or gradients")
-    values, vectors = xp.linalg.eigh((mean + mean.T) / 2)
-    largest = xp.argmax(xp.abs(vectors), axis=0)
+    largest = float(xp.max(xp.abs(mean))) or 1.0  # scaled, so that no entry of float32 underflows
+    values, vectors = xp.linalg.eigh(xp.astype((xp.triu(mean) + xp.triu(mean, k=1).T) / largest, getattr(xp, dtype)))
+    peaks = xp.argmax(xp.abs(vectors), axis=0)
     # eigh leaves the sign of a column open; fixing it keeps rows made from equal statistics comparable.
-    signs = xp.sign(vectors[largest, xp.arange(vectors.shape[1], device=array_api_compat.device(vectors))])
-    return Eigenbasis(values=values, vectors=vectors * signs)
+    signs = xp.sign(vectors[peaks, xp.arange(vectors.shape[1], device=array_api_compat.device(vectors))])
+    return Eigenbasis(values=values * largest, vectors=vectors * signs)
 
 
-def eigenvalue_sum(record: Record, input_vectors: Array | None, output_vectors: Array | None, shape: tuple[int, int]) -> EigenvalueSum:
-    """Σ over sequences of (Q_Gᵀ G_n Q_A)², [O, J] = `shape`, from each sequence's exact gradient summed over its tokens."""
+def eigenvalue_sum(
+    record: Record, input_vectors: Array | None, output_vectors: Array | None, shape: tuple[int, int], before: EigenvalueSum | None = None
+) -> EigenvalueSum:
+    """Σ over sequences of (Q_Gᵀ G_n Q_A)², [O, J] = `shape`, from each sequence's exact gradient summed over its tokens, added to `before`, which may
+    be changed."""
     xp = array_api_compat.array_namespace(record.mask)
-    total = xp.zeros(shape, dtype=xp.float64, device=array_api_compat.device(record.mask))
+    total = xp.zeros(shape, dtype=xp.float64, device=array_api_compat.device(record.mask)) if before is None else before.total
     for rows, block in gradient_blocks(record, input_vectors, output_vectors):
-        total = _add_rows(total, rows, xp.astype(xp.sum(block**2, axis=0), xp.float64))
-    return EigenvalueSum(total=total, num_sequences=record.mask.shape[0])
-
-
-def _add_rows(total: Array, rows: Rows, values: Array) -> Array:
-    if array_api_compat.is_jax_array(total):
-        return total.at[rows].add(values)
-    total[rows] += values
-    return total
+        total = _added(total, rows, xp.sum(block**2, axis=0))
+    return EigenvalueSum(total=total, num_sequences=record.mask.shape[0] + (before.num_sequences if before else 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,15 +185,19 @@ class LayerFactors:
 
         An axis with Λ + λ = 0 gets zero: no fitted sequence has a gradient there, so the inverse is not defined on it.
         """
-        return self.unrotate(self.rotate(gradients) * self.inverse())
+        return self.solve(self.rotate(gradients))
+
+    def solve(self, rotated: Array) -> Array:
+        """`precondition` of a gradient that is in the eigenbasis already; the result is not."""
+        return self.unrotate(rotated * self.inverse())
+
+    def multiply(self, vectors: Array) -> Array:
+        """(G + λI) v = (Q_Gᵀ V Q_A) · (Λ + λ), left in the eigenbasis: `solve` undoes it."""
+        return self.rotate(vectors) * (self.eigenvalues + self.damping)
 
     def whiten(self, gradients: Array) -> Array:
         """(Q_Gᵀ V Q_A) / √(Λ + λ), in the eigenbasis: inner products of whitened gradients equal vᵀ (G + λI)⁻¹ w."""
         return self.rotate(gradients) * self.inverse() ** 0.5
-
-    def unwhiten(self, vectors: Array) -> Array:
-        """(Q_Gᵀ V Q_A) · √(Λ + λ), in the eigenbasis: its inner product with `whiten` of a gradient is vᵀ gradient."""
-        return self.rotate(vectors) * (self.eigenvalues + self.damping) ** 0.5
 
     def diagonal(self, weights: Array) -> Array:
         """The diagonal, in the eigenbasis, of the matrix whose diagonal over the parameters is `weights` [O, J]: (Q_G∘Q_G)ᵀ W (Q_A∘Q_A)."""

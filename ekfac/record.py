@@ -138,22 +138,23 @@ def _table_blocks(record: EmbeddingIO, vectors: Array | None) -> Iterator[tuple[
     if head is None:
         assert lookup is not None
         rows, gradients = xp.unique_values(lookup.indices[record.mask]), lookup.row_gradients
-        for some in _blocks_of(rows, gradients):
+        for part in _blocks_of(rows.shape[0], gradients):
+            some = rows[part]
             nothing = xp.zeros((gradients.shape[0], some.shape[0], gradients.shape[2]), dtype=gradients.dtype, device=device)
             yield some, _with_lookups(nothing, lookup, record.mask, some)
         return
     inputs = _table_inputs(head, vectors)
-    for some in _blocks_of(xp.arange(record.num_rows, device=device), inputs):
-        outputs = head.output_gradients[:, :, int(some[0]) : int(some[-1]) + 1]
-        block = xp.matmul(xp.matrix_transpose(outputs), inputs)
-        yield some, (block if lookup is None else _with_lookups(block, lookup, record.mask, some))
+    for part in _blocks_of(record.num_rows, inputs):
+        block = xp.matmul(xp.matrix_transpose(head.output_gradients[:, :, part]), inputs)
+        some = xp.arange(part.start, part.stop, device=device)
+        yield part, (block if lookup is None else _with_lookups(block, lookup, record.mask, some))
 
 
-def _blocks_of(rows: Array, features: Array) -> Iterator[Array]:
+def _blocks_of(num_rows: int, features: Array) -> Iterator[slice]:
     """The rows in parts that keep gradients [N, rows, J] within BLOCK_NUMBERS, for features [N, T, J]."""
     step = max(1, BLOCK_NUMBERS // (features.shape[0] * features.shape[2]))
-    for first in range(0, rows.shape[0], step):
-        yield rows[first : first + step]
+    for first in range(0, num_rows, step):
+        yield slice(first, min(first + step, num_rows))
 
 
 def _table_inputs(head: LayerIO, vectors: Array | None) -> Array:

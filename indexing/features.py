@@ -74,37 +74,66 @@ def _shares(weights: NDArray[np.float64], limits: NDArray[np.int64], total: int)
 
 
 class Spreader:
-    """The sparse random signs of one layer: each coordinate goes to one bucket, with a sign; buckets get equally many (to one).
+    """Whitens, shrinks and spreads one layer's gradients, given in the eigenbasis: each coordinate goes to one bucket, with a random sign.
 
-    The signs are shrunk by `weights` [O, J]. A layer with as many buckets as coordinates is kept as it is, so that nothing is approximated. The
-    assignment depends on (seed, layer name, coordinate) alone.
+    Coordinate (o, j) goes to bucket (o · stride + j) mod width, so that spreading is a sum over stretches of memory. The stride is the layer's J or
+    a little more, such that a column's coordinates are spread evenly over all buckets: gradients have some heavy columns. A layer with as many
+    buckets as coordinates is neither shrunk nor spread, so that nothing is approximated. Signs depend on (seed, layer name, coordinate) alone.
     """
 
-    def __init__(self, buckets: LayerBuckets, seed: int, weights: Tensor) -> None:
-        self.shape, self.start, self.width = buckets.shape, buckets.start, buckets.width
-        size = buckets.shape[0] * buckets.shape[1]
-        self.exact = buckets.width == size
-        if self.exact:
-            return
-        bits = keyed_bits(seed, np.array([key_of(buckets.name)], dtype=np.uint64), size)[0]
-        places = np.empty(size, dtype=np.int32)
-        places[np.argsort(bits, kind="stable")] = np.arange(size, dtype=np.int32) % self.width
-        signs = np.where(bits & np.uint64(1), np.float32(1), np.float32(-1)).reshape(buckets.shape)
-        self.buckets = torch.from_numpy(places.reshape(buckets.shape)).to(weights.device)
-        self.signs = torch.from_numpy(signs).to(weights.device) * weights.float()
+    def __init__(self, buckets: LayerBuckets, seed: int, factor: LayerFactors) -> None:
+        outputs, inputs = buckets.shape
+        self.start, self.width = buckets.start, buckets.width
+        self.exact = buckets.width == outputs * inputs
+        self.stride = _stride(inputs, buckets.width)
+        self.inverse = factor.inverse()
+        self.weights = self.inverse.sqrt()
+        if not self.exact:
+            bits = keyed_bits(seed, np.array([key_of(buckets.name)], dtype=np.uint64), outputs * inputs)[0]
+            signs = torch.from_numpy(np.where(bits & np.uint64(1), np.float32(1), np.float32(-1)).reshape(buckets.shape))
+            self.weights *= factor.retained().sqrt() * signs.to(self.weights.device)
+        self.weights = self.weights.float()
 
-    def add(self, target: Tensor, rows: Rows, whitened: Tensor) -> None:
-        """Adds these rows of whitened gradients, [N, rows, J], to the layer's range of `target` [N, row length]."""
-        own = target[:, self.start : self.start + self.width]
+    def add(self, target: Tensor, rows: Rows, gradients: Tensor) -> None:
+        """Adds these rows of gradients in the eigenbasis, [N, rows, J], to the layer's range of `target` [N, row length]."""
+        own, weights = target[:, self.start : self.start + self.width], self.weights[rows]
         if self.exact:
-            own.view(-1, *self.shape)[:, rows] += whitened.to(target.dtype)
+            own.view(-1, *self.weights.shape)[:, rows] += gradients.to(target.dtype) * weights
+        elif isinstance(rows, slice):
+            at_once = max(1, FOLDED_NUMBERS[target.device.type] // weights.numel())
+            for some, made in zip(torch.split(gradients, at_once), torch.split(own, at_once), strict=True):
+                made += self._folded(some, weights, rows.start or 0)
         else:
-            own.index_add_(1, self.buckets[rows].flatten(), (whitened.to(target.dtype) * self.signs[rows]).flatten(1))
+            places = (rows[:, None] * self.stride + torch.arange(weights.shape[1], device=rows.device)) % self.width
+            own.index_add_(1, places.flatten(), (gradients.to(target.dtype) * weights).flatten(1))
+
+    def _folded(self, gradients: Tensor, weights: Tensor, first_row: int) -> Tensor:
+        """Consecutive rows, weighted, laid out one `stride` after another, and cut into stretches of `width` that are summed: [N, width]."""
+        (count, outputs, inputs), before = gradients.shape, first_row * self.stride % self.width
+        stretches = -(-(before + outputs * self.stride) // self.width)
+        laid_out = weights.new_zeros((count, stretches * self.width))
+        places = laid_out[:, before : before + outputs * self.stride].view(count, outputs, self.stride)[:, :, :inputs]
+        torch.mul(gradients.to(weights.dtype), weights, out=places)
+        return laid_out.view(count, stretches, self.width).sum(1)
+
+
+FOLDED_NUMBERS = {"cpu": 2**20, "cuda": 2**26}
+"""About so many numbers of gradients are spread at once: on a CPU those that its cache holds."""
+
+
+def _stride(inputs: int, width: int) -> int:
+    """The length, from `inputs` to an eighth more, whose multiples modulo `width` are spread most evenly: the ratio is near the golden one."""
+
+    def unevenness(stride: int) -> float:
+        ratio = max(width / stride, stride / width) % 1
+        return min(abs(ratio - (5**0.5 - 1) / 2), abs(ratio - (3 - 5**0.5) / 2))
+
+    return min(range(inputs, inputs + inputs // 8 + 1), key=unevenness)
 
 
 def spreaders(spec: FeatureSpec, factors: Mapping[str, LayerFactors]) -> dict[str, Spreader]:
     """Every layer's `Spreader`, by layer name, on the factors' device."""
-    return {buckets.name: Spreader(buckets, spec.seed, factors[buckets.name].retained() ** 0.5) for buckets in spec.layers}
+    return {buckets.name: Spreader(buckets, spec.seed, factors[buckets.name]) for buckets in spec.layers}
 
 
 def _mixed(made: Tensor, spec: FeatureSpec) -> Tensor:
@@ -128,28 +157,25 @@ def feature_rows(
     """
     made = torch.zeros((len(batch.tokens), spec.row_length), device=batch.tokens.device)
     self_influence = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
-    whitening = {name: factor.inverse() ** 0.5 for name, factor in factors.items()}
 
     def consume(layer: Layer, record: Record) -> None:
-        factor = factors[layer.name]
+        factor, spreader = factors[layer.name], signs[layer.name]
         for rows, rotated in gradient_blocks(record, factor.input_vectors, factor.output_vectors):
-            whitened = rotated * whitening[layer.name][rows]
-            self_influence.add_(whitened.square().sum((1, 2)))
-            signs[layer.name].add(made, rows, whitened)
+            spreader.add(made, rows, rotated)
+            for n, gradient in enumerate(rotated):
+                self_influence[n] += gradient.square_().flatten() @ spreader.inverse[rows].flatten()
 
     capture(model, layers, lambda: loss(model, batch), batch.reached, consume)
     return _mixed(made, spec), self_influence
 
 
-def query_rows(
-    vectors: Mapping[str, Tensor], factors: Mapping[str, LayerFactors], spec: FeatureSpec, signs: Mapping[str, Spreader]
-) -> NDArray[np.float32]:
-    """Rows [Q, D], in float32, whose inner products with sequences' rows estimate ⟨vector q, gradient⟩ for vectors [Q, O, J].
+def query_rows(gradients: Mapping[str, Tensor], spec: FeatureSpec, signs: Mapping[str, Spreader]) -> NDArray[np.float32]:
+    """Rows [Q, D], in float32, of measurements' gradients [Q, O, J] in the eigenbasis.
 
-    Of a vector (G + λI)⁻¹∇f that is the whitened ∇f, shrunk like a row. Layers that are missing leave zeros, so that only the others are searched.
+    Their inner products with sequences' rows estimate ∇fᵀ(G + λI)⁻¹∇L. Layers that are missing leave zeros, so that only the others are searched.
     """
-    some = next(iter(vectors.values()))
+    some = next(iter(gradients.values()))
     made = torch.zeros((len(some), spec.row_length), device=some.device)
-    for name, vector in vectors.items():
-        signs[name].add(made, slice(None), factors[name].unwhiten(vector))
+    for name, gradient in gradients.items():
+        signs[name].add(made, slice(None), gradient)
     return _mixed(made, spec).cpu().numpy()

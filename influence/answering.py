@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ekfac import Solution, matches
 from indexing import best, group_duplicates, query_rows, row_scores
-from influence.attribution import AttributedModel, SequenceScores, mean_scores, precondition, query_gradients, scan, score_sequences
+from influence.attribution import AttributedModel, SequenceScores, mean_scores, query_gradients, scan, score_sequences, solve
 from influence.errors import RequestError
 from influence.lexical import ranks
 from influence.living import Living
@@ -186,22 +186,21 @@ def _asked(
     watch: "_Stopwatch",
 ) -> _Asked:
     attributed = selected(run.attributed, options.layers)
-    found = query_gradients(attributed, measurements)
-    vectors, solution = solved(run, attributed, found.gradients, options.refine, progress)
+    found = solved(run, attributed, measurements, options.refine, progress)
     weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
-    rows = None if options.exact else query_rows(vectors, run.factors, run.features, run.signs)
+    rows = None if options.exact else query_rows(found.rotated, run.features, run.signs)
     watch.lap("gradients")
     if rows is None:
-        estimates = run.exact_scores(vectors, attributed, progress, allowed)[:, known]
+        estimates = run.exact_scores(found.vectors, attributed, progress, allowed)[:, known]
     else:
         estimates = row_scores(rows, run.rows, known).astype(np.float64)
     watch.lap("search")
     return _Asked(
         run=run,
         attributed=attributed,
-        vectors=vectors,
+        vectors=found.vectors,
         log_probabilities=found.log_probabilities,
-        solution=solution,
+        solution=found.refinement,
         weights=weights,
         rows=rows,
         known=known,
@@ -210,12 +209,28 @@ def _asked(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """(G + λI)⁻¹∇f of some queries, by EK-FAC or refined."""
+
+    vectors: dict[str, torch.Tensor]  # [Q, O, J] by layer
+    rotated: dict[str, torch.Tensor]  # what EK-FAC's (G + λI) makes of them, in the eigenbasis: of EK-FAC's own vectors, the gradients
+    log_probabilities: list[list[NDArray[np.float64]]]
+    refinement: Solution | None
+
+
 def solved(
-    run: "Run", attributed: AttributedModel, gradients: dict[str, torch.Tensor], options: RefineOptions | None, progress: Progress = ignore
-) -> tuple[dict[str, torch.Tensor], Solution | None]:
+    run: "Run",
+    attributed: AttributedModel,
+    measurements: Sequence[Measurement],
+    options: RefineOptions | None,
+    progress: Progress = ignore,
+) -> Solved:
     """(G + λI)⁻¹ of the queries' gradients by EK-FAC; or refined, with how that went."""
     if options is None:
-        return precondition(gradients, run.factors), None
+        found = query_gradients(attributed, measurements, run.factors)
+        vectors = solve(found.gradients, run.factors)
+        return Solved(vectors=vectors, rotated=found.gradients, log_probabilities=found.log_probabilities, refinement=None)
     if run.model_config.dtype in ("bfloat16", "float16"):
         raise RequestError(f"refinement needs a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}")
     order = run.hash_order(run.factors_config.seed)
@@ -224,8 +239,10 @@ def solved(
         raise RequestError(f"refine: every training sequence was removed from {run.directory}, and the exact Hessian is averaged over them")
     share = options.training_share if run.optimizer_state else 1.0
     damping = {layer.name: run.refining_damping[layer.name] / share for layer in attributed.layers}
-    solution = refine(attributed, gradients, run.factors, damping, sequences, options, progress)
-    return solution.vectors, solution
+    found = query_gradients(attributed, measurements)
+    solution = refine(attributed, found.gradients, run.factors, damping, sequences, options, progress)
+    rotated = {name: run.factors[name].multiply(vector) for name, vector in solution.vectors.items()}
+    return Solved(vectors=solution.vectors, rotated=rotated, log_probabilities=found.log_probabilities, refinement=solution)
 
 
 def selected(everything: AttributedModel, patterns: Sequence[str]) -> AttributedModel:

@@ -53,7 +53,7 @@ def read_layers(directory: Path) -> Coverage:
 
 
 def write_covariances(directory: Path, covariances: Mapping[str, Covariance]) -> None:
-    counts = {name: part.num_positions for name, part in covariances.items()}
+    counts = {name: int(part.num_positions) for name, part in covariances.items()}
     _save({name: part.total for name, part in covariances.items()}, directory / "covariances.safetensors", counts)
 
 
@@ -64,8 +64,8 @@ def read_covariance(directory: Path, name: str) -> Covariance | None:
         return Covariance(total=file.get_tensor(name), num_positions=counts[name]) if name in counts else None
 
 
-def write_eigenbasis(directory: Path, basis: Eigenbasis, dtype: torch.dtype) -> None:
-    _save({"values": basis.values, "vectors": basis.vectors.to(dtype)}, directory / "eigenbasis.safetensors", {})
+def write_eigenbasis(directory: Path, basis: Eigenbasis) -> None:
+    _save({"values": basis.values, "vectors": basis.vectors}, directory / "eigenbasis.safetensors", {})
 
 
 def read_eigenvectors(directory: Path) -> torch.Tensor:

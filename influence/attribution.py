@@ -44,7 +44,7 @@ class AttributedModel:
 class QueryGradients:
     """What a capture pass over queries gives."""
 
-    gradients: dict[str, Tensor]  # layer name → [Q, O, J]: of minus the measurement
+    gradients: dict[str, Tensor]  # layer name → [Q, O, J]: of minus the measurement; in the eigenbasis if factors were given
     log_probabilities: list[list[NDArray[np.float64]]]  # query → part → [T]: of each counted token, zero at the others
 
 
@@ -70,8 +70,13 @@ def mean_scores(scores: Sequence[SequenceScores]) -> SequenceScores:
     return SequenceScores(layers=layers, tokens=[np.mean(shares, axis=0) for shares in zip(*(one.tokens for one in scores), strict=True)])
 
 
-def query_gradients(attributed: AttributedModel, measurements: Sequence[Measurement]) -> QueryGradients:
-    """The gradients of the measurements in the layers. Costs a capture pass over the queries."""
+def query_gradients(
+    attributed: AttributedModel, measurements: Sequence[Measurement], factors: Mapping[str, LayerFactors] | None = None
+) -> QueryGradients:
+    """The gradients of the measurements in the layers, in the eigenbasis of the factors when these are given. Costs a capture pass over the queries.
+
+    Rotating the tokens of a query on the way costs less than rotating its gradient afterwards, unless it is very long.
+    """
     device = attributed.device
     owners = torch.tensor([query for query, measurement in enumerate(measurements) for _ in measurement.parts], device=device)
     weights = torch.tensor([weight for measurement in measurements for weight, _ in measurement.parts], device=device)
@@ -80,7 +85,7 @@ def query_gradients(attributed: AttributedModel, measurements: Sequence[Measurem
     log_probabilities: list[NDArray[np.float64]] = [np.empty(0)] * len(sequences)
     for members, batch in in_batches(sequences, attributed.budget, device):
         chosen = torch.from_numpy(members).to(device)
-        losses = _add_gradients(attributed, batch, owners[chosen], weights[chosen], len(measurements), gradients)
+        losses = _add_gradients(attributed, batch, factors, owners[chosen], weights[chosen], len(measurements), gradients)
         for member, row in zip(members, losses, strict=True):
             log_probabilities[member] = -row[: len(sequences[member].tokens)]
     parts = iter(log_probabilities)
@@ -88,7 +93,13 @@ def query_gradients(attributed: AttributedModel, measurements: Sequence[Measurem
 
 
 def _add_gradients(
-    attributed: AttributedModel, batch: SequenceBatch, owners: Tensor, weights: Tensor, num_queries: int, gradients: dict[str, Tensor]
+    attributed: AttributedModel,
+    batch: SequenceBatch,
+    factors: Mapping[str, LayerFactors] | None,
+    owners: Tensor,
+    weights: Tensor,
+    num_queries: int,
+    gradients: dict[str, Tensor],
 ) -> NDArray[np.float64]:
     """Adds each sequence's weighted gradient to its query's; returns the token losses [N, T]."""
     losses: list[Tensor] = []
@@ -98,7 +109,8 @@ def _add_gradients(
         return losses[0].sum()
 
     def consume(layer: Layer, record: Record) -> None:
-        for rows, block in gradient_blocks(record):
+        vectors = (factors[layer.name].input_vectors, factors[layer.name].output_vectors) if factors else (None, None)
+        for rows, block in gradient_blocks(record, *vectors):
             if layer.name not in gradients:
                 gradients[layer.name] = block.new_zeros((num_queries, *layer.shape))
             weighted = block * weights.to(block.dtype)[:, None, None]
@@ -109,6 +121,11 @@ def _add_gradients(
 
     capture(attributed.model, attributed.layers, loss, batch.reached, consume)
     return np.asarray(losses[0].detach().double().cpu().numpy())
+
+
+def solve(rotated: Mapping[str, Tensor], factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
+    """(G + λI)⁻¹ of each query's gradient, layer by layer, from gradients in the eigenbasis."""
+    return {name: factors[name].solve(gradient) for name, gradient in rotated.items()}
 
 
 def precondition(gradients: Mapping[str, Tensor], factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:

@@ -105,7 +105,10 @@ class FactorsConfig(Section):
 
     layers: Names = Field(default_factory=lambda: ["all"], description="all, or globs of module names")
     sequences: int | None = Field(
-        None, ge=1, description="how many sequences, chosen by hash of their ids, the factors are fitted on; all when left out"
+        None,
+        ge=1,
+        description="how many sequences, chosen by hash of their ids, the factors are fitted on; when left out, as many as are enough: "
+        "for covariances 64 tokens for each dimension of the widest layer, for corrected eigenvalues the same and at least 1,000 sequences",
     )
     damping: Annotated[
         Annotated[float, Field(ge=0, allow_inf_nan=False), Tag("float")]

@@ -42,7 +42,7 @@ from influence.artifacts import (
     write_factors,
     write_layers,
 )
-from influence.attribution import precondition, query_gradients, scan
+from influence.attribution import query_gradients, scan, solve
 from influence.batches import in_batches
 from influence.config import Config
 from influence.documents import data_fingerprint, read_documents
@@ -160,22 +160,22 @@ def _fit_groups(run: Run) -> Sequence[str]:
     return [f"part-{group:05d}" for group in range(min(MOST_FIT_GROUPS, run.training.num_shards))]
 
 
-def _fit_batches(run: Run, unit: str) -> Iterator[SequenceBatch]:
+def _fit_batches(run: Run, stage: str, unit: str) -> Iterator[SequenceBatch]:
     groups = np.array_split(np.arange(run.training.num_shards), len(_fit_groups(run)))
     for shard in groups[_shard_number(unit)]:
-        for _, batch in in_batches(fitted_sequences(run, int(shard)), run.attributed.budget, run.attributed.device):
+        for _, batch in in_batches(fitted_sequences(run, stage, int(shard)), run.attributed.budget, run.attributed.device):
             yield batch
 
 
-def fitted_sequences(run: Run, shard: int) -> list[TrainingSequence]:
-    """The sequences of a shard that factors are fitted on."""
-    start = int(run.training.starts[shard])
-    return [sequence for place, sequence in enumerate(run.training.shard(shard)) if run.fitted[start + place]]
+def fitted_sequences(run: Run, stage: str, shard: int) -> list[TrainingSequence]:
+    """The sequences of a shard that this pass of the fit takes."""
+    chosen = run.fitted(stage)[run.training.starts[shard] :]
+    return [sequence for place, sequence in enumerate(run.training.shard(shard)) if chosen[place]]
 
 
 def _covariances(run: Run, _: Config, unit: str) -> Write:
     attributed, loss = run.attributed, drawn_label_loss(run.factors_config.seed)
-    batches = _fit_batches(run, unit)
+    batches = _fit_batches(run, "covariances", unit)
     parts = covariance_pass(attributed.model, attributed.layers, batches, loss, reached_positions)
     return lambda directory: write_covariances(directory, parts)
 
@@ -184,14 +184,14 @@ def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
     parts = (read_covariance(run.path_of("covariances", group), unit) for group in _fit_groups(run))
     total: Covariance = reduce(add, (part for part in parts if part is not None))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    basis = eigenbasis(Covariance(total=total.total.to(device), num_positions=total.num_positions))
-    dtype = torch.float64 if run.model_config.dtype == "float64" else torch.float32
-    return lambda directory: write_eigenbasis(directory, basis, dtype)
+    dtype = "float64" if run.model_config.dtype == "float64" else "float32"
+    basis = eigenbasis(Covariance(total=total.total.to(device), num_positions=total.num_positions), dtype)
+    return lambda directory: write_eigenbasis(directory, basis)
 
 
 def _eigenvalues(run: Run, _: Config, unit: str) -> Write:
     attributed, loss = run.attributed, drawn_label_loss(run.factors_config.seed)
-    batches = _fit_batches(run, unit)
+    batches = _fit_batches(run, "eigenvalues", unit)
     sums = eigenvalue_pass(attributed.model, attributed.layers, run.eigenvectors, batches, loss, reached_positions)
     return lambda directory: write_eigenvalues(directory, sums)
 
@@ -252,10 +252,10 @@ def sample_queries(run: Run) -> list[tuple[int, Measurement]]:
     return chosen
 
 
-def _preconditioned(run: Run, measurements: Sequence[Measurement]) -> Iterator[dict[str, torch.Tensor]]:
-    """(G + λI)⁻¹ of the measurements' gradients, as many at a time as fit into memory."""
+def _rotated_gradients(run: Run, measurements: Sequence[Measurement]) -> Iterator[dict[str, torch.Tensor]]:
+    """The measurements' gradients in the eigenbasis, as many at a time as fit into memory."""
     for group in in_groups(measurements, run, None):
-        yield precondition(query_gradients(run.attributed, group).gradients, run.factors)
+        yield query_gradients(run.attributed, group, run.factors).gradients
 
 
 def _scan_units(run: Run) -> Sequence[str]:
@@ -264,8 +264,8 @@ def _scan_units(run: Run) -> Sequence[str]:
 
 def _scan(run: Run, _: Config, unit: str) -> Write:
     attributed = run.attributed
-    vectors = _preconditioned(run, [measurement for _, measurement in sample_queries(run)])
-    scores = np.concatenate([scan(attributed, one, run.training.shard(_shard_number(unit))) for one in vectors])
+    rotated = _rotated_gradients(run, [measurement for _, measurement in sample_queries(run)])
+    scores = np.concatenate([scan(attributed, solve(some, run.factors), run.training.shard(_shard_number(unit))) for some in rotated])
     return lambda directory: np.save(directory / "scores.npy", scores, allow_pickle=False)
 
 
@@ -280,8 +280,8 @@ def _fidelity(run: Run, _: Config, unit: str) -> Write:
         raise RequestError(f"no training sequence of {run.directory} can be asked as a query any more: set index.recall_queries to 0")
     exact = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
     exact[np.arange(len(queries)), [number for number, _ in queries]] = -np.inf
-    vectors = _preconditioned(run, [measurement for _, measurement in queries])
-    rows = np.concatenate([query_rows(one, run.factors, run.features, run.signs) for one in vectors])
+    rotated = _rotated_gradients(run, [measurement for _, measurement in queries])
+    rows = np.concatenate([query_rows(some, run.features, run.signs) for some in rotated])
     trained = np.arange(len(run.store)) < len(run.training) if run.appended else None
     ends = {}
     for normalized, index in ((False, run.index), (True, run.normalized_index)):

@@ -130,7 +130,9 @@ def test_methods_are_what_they_are_called(run: Run, asked: Asked) -> None:
     measurements = [measurement for _, measurement in asked]
     found = {method: scores_by(method, [run], measurements, SHORT, lambda done, total: None) for method in METHODS}
     gradients = query_gradients(run.attributed, measurements).gradients
-    np.testing.assert_allclose(found["ekfac"], run.exact_scores(precondition(gradients, run.factors)), rtol=1e-6)
+    np.testing.assert_allclose(
+        found["ekfac"], run.exact_scores(precondition(gradients, run.factors)), rtol=1e-4
+    )  # rotated in another order
     norms = gradient_norms(run.attributed, list(run.store))
     np.testing.assert_allclose(found["gradient-cosine"] * norms, found["gradient-dot"], rtol=1e-4, atol=1e-6)
     result = run.query("Lisbon lies on", " the Tagus.", k=N, exact=True)

@@ -128,16 +128,16 @@ def test_answers_rerank_what_was_measured_and_quote_it(run: Run) -> None:
 def test_fidelity_is_that_of_the_index_to_exact_scores(run: Run) -> None:
     """Against a table of all scores, made query by query."""
     from indexing import query_rows
-    from influence.attribution import precondition, query_gradients
+    from influence.attribution import query_gradients, solve
     from jobs.stages import sample_queries
 
     assert run.fidelity is not None
     assert Fidelity.from_json(json.loads(json.dumps(run.fidelity.to_json()))) == run.fidelity
     shares = []
     for number, measurement in sample_queries(run):
-        vectors = precondition(query_gradients(run.attributed, [measurement]).gradients, run.factors)
-        exact = run.exact_scores(vectors)[0]
-        estimates = query_rows(vectors, run.factors, run.features, run.signs) @ run.row_format.decode(np.concatenate(run.rows.shards)).T
+        rotated = query_gradients(run.attributed, [measurement], run.factors).gradients
+        exact = run.exact_scores(solve(rotated, run.factors))[0]
+        estimates = query_rows(rotated, run.features, run.signs) @ run.row_format.decode(np.concatenate(run.rows.shards)).T
         top = [one for one in np.argsort(-exact, kind="stable") if one != number][:10]
         found = [one for one in np.argsort(-estimates[0], kind="stable") if one != number][:20]
         shares.append(len(set(top) & set(found)) / 10)

@@ -1,5 +1,6 @@
 """Fitted factors against the exact Fisher where EK-FAC is exact, and their independence of how the data was cut."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -185,3 +186,15 @@ def test_first_token_cannot_be_counted() -> None:
         SequenceBatch(
             tokens=torch.ones((1, 2), dtype=torch.int64), counted=torch.ones((1, 2), dtype=torch.bool), keys=np.zeros(1, dtype=np.uint64)
         )
+
+
+def test_a_fit_in_float32_preconditions_like_one_in_float64(architecture: str) -> None:
+    model, batch = tiny_model(architecture), padded_batch(lengths=(7, 4, 5, 7))
+    exact, _ = fit(model, [batch])
+    rounded, coverage = fit(copy.deepcopy(model).float(), [batch])
+    generator = torch.Generator().manual_seed(0)
+    for layer in coverage.layers:
+        gradient = torch.randn(layer.shape, generator=generator, dtype=torch.float64)
+        expected, found = exact[layer.name].precondition(gradient), rounded[layer.name].precondition(gradient.float())
+        assert rounded[layer.name].eigenvalues.dtype == torch.float32
+        assert (found - expected).norm() < 2e-3 * expected.norm(), layer.name

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_model
 
-from ekfac import SequenceBatch, attributable_layers, capture, fit, sequence_gradients, true_label_loss
+from ekfac import LayerFactors, SequenceBatch, attributable_layers, capture, fit, sequence_gradients, true_label_loss
 from indexing import (
     Encoding,
     LayerBuckets,
@@ -29,15 +29,23 @@ from indexing import (
     row_scores,
     spreaders,
 )
+from indexing.features import FOLDED_NUMBERS
 
 ENCODINGS: tuple[Encoding, ...] = ("float16", "int8", "bit")
 LINEAR = ("*.attn.*", "*.mlp.*")
 
 
-def spread(spreader: Spreader, whitened: torch.Tensor) -> torch.Tensor:
-    """[N, width] of whitened gradients [N, O, J]."""
-    target = torch.zeros((len(whitened), spreader.width))
-    spreader.add(target, slice(None), whitened)
+def spreader_of(shape: tuple[int, int], width: int, *, seed: int = 0, start: int = 0, eigenvalues: torch.Tensor | None = None) -> Spreader:
+    """Of factors that whiten nothing when no eigenvalues are given: their inverse and their shrinkage are one."""
+    eigenvalues = torch.ones(shape) if eigenvalues is None else eigenvalues
+    factor = LayerFactors(input_vectors=None, output_vectors=None, eigenvalues=eigenvalues, damping=0.0)
+    return Spreader(LayerBuckets(name="layer", shape=shape, start=start, width=width), seed, factor)
+
+
+def spread(spreader: Spreader, gradients: torch.Tensor) -> torch.Tensor:
+    """[N, width] of gradients [N, O, J] in the eigenbasis."""
+    target = torch.zeros((len(gradients), spreader.width))
+    spreader.add(target, slice(None), gradients)
     return target
 
 
@@ -248,51 +256,71 @@ def test_spreading_keeps_inner_products_without_bias() -> None:
     exact = float((left * right).sum())
     estimates = []
     for seed in range(400):
-        spreader = Spreader(LayerBuckets(name="layer", shape=(6, 10), start=0, width=16), seed, torch.ones(6, 10))
+        spreader = spreader_of((6, 10), 16, seed=seed)
         estimates.append(float((spread(spreader, left) * spread(spreader, right)).sum()))
     standard_error = np.std(estimates) / np.sqrt(len(estimates))
     assert abs(np.mean(estimates) - exact) < 4 * standard_error
     assert np.std(estimates) < 1.5 * float(left.norm() * right.norm()) * np.sqrt(2 / 16)
 
 
-def test_spreading_uses_every_coordinate_once() -> None:
-    buckets = LayerBuckets(name="layer", shape=(5, 7), start=0, width=8)
-    spreader = Spreader(buckets, 0, torch.ones(5, 7))
+@pytest.mark.parametrize("width", [3, 8, 11, 34])
+def test_spreading_uses_every_coordinate_once_and_every_bucket_about_equally(width: int) -> None:
+    spreader = spreader_of((5, 7), width)
     matrix = torch.stack([spread(spreader, torch.eye(35)[n].reshape(1, 5, 7))[0] for n in range(35)])
     assert (matrix.abs().sum(1) == 1).all()
-    assert set(matrix.abs().sum(0).tolist()) == {4.0, 5.0}
+    used = matrix.abs().sum(0)
+    assert used.max() - used.min() <= 2
+
+
+@pytest.mark.parametrize(("inputs", "width"), [(64, 512), (64, 1000), (65, 2600), (97, 61), (384, 2700), (1537, 384), (768, 768)])
+def test_a_heavy_column_is_spread_over_all_buckets(inputs: int, width: int) -> None:
+    outputs = 8 * width // inputs + 64
+    eigenvalues = torch.ones((outputs, inputs))
+    column = torch.zeros((1, outputs, inputs))
+    column[:, :, -1] = 1
+    spreader = spreader_of((outputs, inputs), width, eigenvalues=eigenvalues)
+    spreader.weights = spreader.weights.abs()  # without signs, a bucket's number is how many coordinates it got
+    used = spread(spreader, column)[0]
+    parts = torch.stack([part.sum() for part in used.chunk(8)]) / outputs
+    assert parts.max() < 0.3  # of eighths of the buckets
 
 
 def test_layer_with_enough_buckets_is_kept_as_it_is() -> None:
-    whitened = torch.randn(3, 5, 7)
-    spreader = Spreader(LayerBuckets(name="layer", shape=(5, 7), start=0, width=35), 0, torch.ones(5, 7))
-    assert torch.equal(spread(spreader, whitened), whitened.reshape(3, -1))
+    gradients, eigenvalues = torch.randn(3, 5, 7), torch.rand(5, 7)
+    spreader = spreader_of((5, 7), 35, eigenvalues=eigenvalues)
+    torch.testing.assert_close(spread(spreader, gradients), (gradients / eigenvalues.sqrt()).reshape(3, -1))
 
 
-@pytest.mark.parametrize("width", [8, 35])
-def test_rows_of_a_layer_may_be_spread_some_at_a_time(width: int) -> None:
-    whitened = torch.randn(3, 5, 7)
-    spreader = Spreader(LayerBuckets(name="layer", shape=(5, 7), start=2, width=width), 0, torch.ones(5, 7))
-    target, expected = torch.zeros((3, 2 + width)), torch.zeros((3, 2 + width))
-    spreader.add(expected, slice(None), whitened)
-    for rows in (torch.tensor([0, 3]), torch.tensor([1, 2, 4])):
-        spreader.add(target, rows, whitened[:, rows])
-    torch.testing.assert_close(target, expected)
-    assert target[:, :2].abs().max() == 0
+@pytest.mark.parametrize("numbers", [1, 2**20])  # a sequence at a time, and all
+@pytest.mark.parametrize("width", [3, 8, 35])
+def test_rows_of_a_layer_may_be_spread_some_at_a_time(width: int, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = torch.randn(3, 5, 7)
+    spreader = spreader_of((5, 7), width, start=2)
+    expected = torch.zeros((3, 2 + width))
+    spreader.add(expected, slice(None), gradients)
+    monkeypatch.setitem(FOLDED_NUMBERS, "cpu", numbers)
+    for parts in ((torch.tensor([0, 3]), torch.tensor([1, 2, 4])), (slice(0, 2), slice(2, 5)), (slice(None),)):
+        target = torch.zeros((3, 2 + width))
+        for rows in parts:
+            spreader.add(target, rows, gradients[:, rows])
+        torch.testing.assert_close(target, expected)
+        assert target[:, :2].abs().max() == 0
 
 
-def test_signs_are_shrunk_by_their_weights() -> None:
-    buckets, weights = LayerBuckets(name="layer", shape=(5, 7), start=0, width=8), torch.rand(5, 7)
-    shrunk, plain = Spreader(buckets, 0, weights), Spreader(buckets, 0, torch.ones(5, 7))
-    whitened = torch.randn(3, 5, 7)
-    torch.testing.assert_close(spread(shrunk, whitened), spread(plain, whitened * weights))
+def test_spread_gradients_are_whitened_and_shrunk() -> None:
+    eigenvalues, gradients = torch.rand(5, 7), torch.randn(3, 5, 7)
+    buckets = LayerBuckets(name="layer", shape=(5, 7), start=0, width=8)
+    factor = LayerFactors(input_vectors=None, output_vectors=None, eigenvalues=eigenvalues, damping=0.3)
+    weighted = gradients / (eigenvalues + 0.3).sqrt() * (eigenvalues / (eigenvalues + 0.3)).sqrt()
+    torch.testing.assert_close(spread(Spreader(buckets, 0, factor), gradients), spread(spreader_of((5, 7), 8), weighted))
 
 
-def test_signs_stay_what_they_are() -> None:
+def test_spreading_stays_what_it_is() -> None:
     # An index is searched by later versions: where its coordinates went must never change.
-    spreader = Spreader(LayerBuckets(name="layer", shape=(2, 3), start=0, width=2), 5, torch.ones(2, 3))
-    assert spreader.buckets.tolist() == [[0, 1, 0], [1, 1, 0]]
-    assert spreader.signs.tolist() == [[-1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    spreader = spreader_of((2, 20), 7, seed=5)
+    assert spreader.stride == 20
+    row = spread(spreader, torch.arange(40.0).reshape(1, 2, 20))[0]
+    assert row.tolist() == [105.0, 65.0, -21.0, 75.0, 79.0, 71.0, -20.0]
 
 
 @pytest.mark.parametrize("row_length", [8, 57, 300, 10**6])
@@ -330,8 +358,8 @@ def test_rows_without_spreading_give_exact_damped_influence(architecture: str) -
         lambda layer, record: gradients.__setitem__(layer.name, sequence_gradients(record)),
     )
     exact = sum(torch.einsum("qoj,noj->qn", factors[name].precondition(g), g) for name, g in gradients.items())
-    vectors = {name: factors[name].precondition(gradient) for name, gradient in gradients.items()}
-    queries = torch.from_numpy(query_rows(vectors, factors, spec, signs))
+    rotated = {name: factors[name].rotate(gradient) for name, gradient in gradients.items()}
+    queries = torch.from_numpy(query_rows(rotated, spec, signs))
     torch.testing.assert_close((queries @ rows.T).double(), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))  # rows are float32
     torch.testing.assert_close(self_influence, exact.diagonal(), rtol=1e-9, atol=1e-9)
 
@@ -355,7 +383,7 @@ def test_layers_left_out_of_a_query_do_not_count() -> None:
     spec = feature_spec(coverage.layers, {name: f.row_weight() for name, f in factors.items()}, 200, seed=0)
     name = coverage.layers[2].name
     gradients = {name: torch.randn(1, *coverage.layers[2].shape, dtype=torch.float64)}
-    row = query_rows(gradients, factors, spec, spreaders(spec, factors))[0]
+    row = query_rows(gradients, spec, spreaders(spec, factors))[0]
     place = next(place for place in spec.layers if place.name == name)
     inside = np.zeros(spec.row_length, dtype=bool)
     inside[place.start : place.start + place.width] = True

@@ -132,10 +132,11 @@ def test_damping_of_an_optimizer_is_its_own_metric(trained: Run) -> None:
 
 def test_shorter_training_is_damped_more(trained: Run) -> None:
     attributed = replace(trained.attributed, layers=tuple(layer for layer in trained.coverage.layers if layer.name == LAYER))
-    gradients = query_gradients(attributed, [trained.measure(*QUERY)]).gradients
+    measurements = [trained.measure(*QUERY)]
+    gradients = query_gradients(attributed, measurements).gradients
     norms = []
     for share in (1.0, 0.01):
-        vectors, _ = solved(trained, attributed, gradients, replace(EXACTLY, training_share=share))
+        vectors = solved(trained, attributed, measurements, replace(EXACTLY, training_share=share)).vectors
         norms.append(float(vectors[LAYER].norm()))
     damping = trained.refining_damping[LAYER]
     assert norms[1] < norms[0]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ekfac import Layer
 from influence import QueryOptions, Run, open_run
+from influence.artifacts import read_eigenvalues
 from influence.config import Config, load_config
 from influence.errors import RequestError
 from influence.fidelity import Fidelity
@@ -149,9 +151,24 @@ def test_sequences_to_fit_on_do_not_depend_on_shards(world: World, tmp_path: Pat
     chosen = []
     for shard_size in (7, 100):
         run = run_pipeline(world.settings(tmp_path / f"{shard_size}", data={"sequences_per_shard": shard_size}, factors={"sequences": 9}))
-        chosen.append(sorted(s.id for shard in range(run.store.num_shards) for s in fitted_sequences(run, shard)))
+        chosen.append(sorted(s.id for shard in range(run.store.num_shards) for s in fitted_sequences(run, "eigenvalues", shard)))
     assert len(chosen[0]) == 9
     assert chosen[0] == chosen[1]
+
+
+def test_as_many_sequences_are_fitted_as_are_enough(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("influence.run.TOKENS_PER_DIMENSION", 1)
+    monkeypatch.setattr("influence.run.MIN_FITTED", 20)
+    run = run_pipeline(world.settings(tmp_path / "run"))
+    widest = max(max(layer.shape) for layer in run.coverage.layers if layer.kind == "linear")
+    tokens = run.training.summary["counted_tokens"] / len(run.training)
+    assert run.fitted_on == {"covariances": math.ceil(widest / tokens), "eigenvalues": 20}
+    assert run.fitted_on["covariances"] < 20 < len(run.training)
+    for stage, count in run.fitted_on.items():
+        assert sum(len(fitted_sequences(run, stage, shard)) for shard in range(run.training.num_shards)) == count
+    units = next(stage for stage in STAGES if stage.name == "eigenvalues").units(run)
+    sums = [read_eigenvalues(run.path_of("eigenvalues", unit)) for unit in units]
+    assert sum(next(iter(part.values())).num_sequences for part in sums if part) == 20
 
 
 def test_measured_fidelity_is_kept_with_the_index(run: Run) -> None:

@@ -110,8 +110,8 @@ def _exact(
 
 def _query_rows(run: Run, measurements: Sequence[Measurement], spec: FeatureSpec, signs: Mapping[str, Spreader]) -> NDArray[np.float32]:
     """[Q, D]; the gradients are computed again for every size, because those of all queries together may not fit into memory."""
-    gradients = (query_gradients(run.attributed, group).gradients for group in in_groups(measurements, run, None))
-    return np.concatenate([query_rows(precondition(one, run.factors), run.factors, spec, signs) for one in gradients])
+    groups = in_groups(measurements, run, None)
+    return np.concatenate([query_rows(query_gradients(run.attributed, group, run.factors).gradients, spec, signs) for group in groups])
 
 
 def _row_scores(

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from indexing import query_rows, row_scores
-from influence.answering import QueryOptions, check_alike, in_groups, num_candidates, solved
+from influence.answering import QueryOptions, Solved, check_alike, in_groups, num_candidates, solved
 from influence.attribution import gradient_norms, query_gradients, score_sequences
 from influence.errors import RequestError
 from influence.measurement import Measurement
@@ -49,22 +48,20 @@ def check_method(method: str) -> None:
 def _gradient_scores(
     method: str, run: Run, measurements: Sequence[Measurement], refine: RefineOptions, progress: Progress
 ) -> NDArray[np.float64]:
-    gradients = query_gradients(run.attributed, measurements).gradients
-    if method == "gradient-dot":
-        return run.exact_scores(gradients, progress=progress)
-    if method == "gradient-cosine":  # the query's own norm makes no difference to a ranking of sequences
-        return run.exact_scores(gradients, progress=progress) / _norms(run)
-    vectors, _ = solved(run, run.attributed, gradients, refine if method == "refined" else None, progress)
-    return _through_the_index(run, vectors) if method == "index" else run.exact_scores(vectors, progress=progress)
+    if method in ("gradient-dot", "gradient-cosine"):
+        products = run.exact_scores(query_gradients(run.attributed, measurements).gradients, progress=progress)
+        return products / _norms(run) if method == "gradient-cosine" else products  # the query's own norm changes no ranking
+    found = solved(run, run.attributed, measurements, refine if method == "refined" else None, progress)
+    return _through_the_index(run, found) if method == "index" else run.exact_scores(found.vectors, progress=progress)
 
 
-def _through_the_index(run: Run, vectors: dict[str, Tensor]) -> NDArray[np.float64]:
-    rows = query_rows(vectors, run.factors, run.features, run.signs)
+def _through_the_index(run: Run, found: Solved) -> NDArray[np.float64]:
+    rows = query_rows(found.rotated, run.features, run.signs)
     scores = row_scores(rows, run.rows, np.arange(len(run.store))).astype(np.float64)
     for sign in (1.0, -1.0):
         count = num_candidates(run, QueryOptions(), sign < 0)
         for query, numbers in enumerate(run.index.search(np.float32(sign) * rows, count).numbers):
-            one = {name: vector[query] for name, vector in vectors.items()}
+            one = {name: vector[query] for name, vector in found.vectors.items()}
             scores[query, numbers] = score_sequences(run.attributed, one, [run.store[int(number)] for number in numbers]).totals
     return scores
 
