@@ -1,6 +1,6 @@
 // Texts with a colour behind each token: as strong as its share of the score. A long text is an excerpt until it is opened.
 
-import { clamp, html, largest, number, signed, tone, visible } from "./dom.js";
+import { clamp, html, number, signed, tone, visible } from "./dom.js";
 import { tipOf, walk } from "./tips.js";
 
 const EXCERPT = 80; // tokens of a long text that are shown before it is opened
@@ -85,5 +85,3 @@ export function asked(query) {
   walk(paragraph, () => [...paragraph.querySelectorAll(".t")]);
   return paragraph;
 }
-
-export const strongest = (sequences) => largest(sequences.flatMap((sequence) => sequence.tokens.map(([, score]) => score)));
