@@ -162,15 +162,23 @@ def _score_batch(
     return torch.stack([columns[layer.name] for layer in attributed.layers], 1).cpu().numpy(), tokens.cpu().numpy()
 
 
-def scan(attributed: AttributedModel, vectors: Mapping[str, Tensor], sequences: Sequence[TrainingSequence]) -> NDArray[np.float64]:
+def scan(
+    attributed: AttributedModel,
+    vectors: Mapping[str, Tensor],
+    sequences: Sequence[TrainingSequence],
+    progress: Callable[[int], None] = lambda done: None,
+) -> NDArray[np.float64]:
     """⟨vector q, gradient of sequence n⟩ summed over layers, [Q, N], for vectors [Q, O, J] per layer: exact, without the index.
 
-    With preconditioned queries these are the EK-FAC scores; with plain gradients, the dot products of the gradients.
+    With preconditioned queries these are the EK-FAC scores; with plain gradients, the dot products of the gradients. `progress` is called after
+    each batch with how many sequences are done; the model is free for other work meanwhile.
     """
-    scores = np.zeros((len(next(iter(vectors.values()))), len(sequences)))
+    scores, done = np.zeros((len(next(iter(vectors.values()))), len(sequences))), 0
     for members, batch in in_batches(sequences, attributed.budget, attributed.device):
         products = _sum_over_layers(attributed, batch, lambda layer, record: inner_products(record, vectors[layer.name]))
         scores[:, members] = products.cpu().numpy()
+        done += len(members)
+        progress(done)
     return scores
 
 

@@ -5,10 +5,11 @@ import re
 import shutil
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from small_run import Influence, World, write_jsonl
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from influence.answering import QueryOptions
+from influence.answering import QueryOptions, solved
+from influence.refinement import RefineOptions
 from influence.run import open_run
 from influence.service import Limits, ServiceSettings
-from influence.service.catalog import Catalog, resident_bytes
+from influence.service.catalog import Catalog, example_queries, resident_bytes
 from influence.service.settings import named_runs
 
 QUESTION = {"prompt": "Lisbon lies on", "completion": " the Tagus"}
@@ -205,6 +207,46 @@ def test_sequences_and_layers_are_told(http: httpx.Client, run: Path) -> None:
     assert len(examples) == 3
     for example in examples:
         assert opened.training[opened.store.ids.index(example["sequence"])].text.startswith(example["prompt"] + example["completion"])
+
+
+def test_examples_of_other_seeds_keep_nothing_in_memory(run: Path) -> None:
+    opened = open_run(run)
+    first = example_queries(opened, 5, seed=0)  # reads what is kept: texts and ids
+    tracemalloc.start()
+    others = [example_queries(opened, 5, seed=seed) for seed in range(1, 201)]
+    assert len({json.dumps(examples) for examples in others}) > 100
+    del others
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 200 * 8 * len(opened.training) / 2, "less than half of an order of all sequences for each seed"
+    assert example_queries(opened, 5, seed=0) == first
+
+
+@pytest.mark.parametrize("refine", [None, RefineOptions(sequences=20, steps=2, tolerance=0)], ids=["scan", "refinement"])
+def test_long_work_is_between_two_batches_whenever_it_reports(run: Path, refine: RefineOptions | None) -> None:
+    opened = open_run(run)
+    attributed = opened.attributed
+    one_sequence = replace(attributed.budget, memory_bytes=1)  # a batch has one at least
+    opened.__dict__["attributed"] = replace(attributed, budget=one_sequence)
+    measurement = opened.measure(*QUESTION.values())
+    found = solved(opened, opened.attributed, [measurement], None)
+    passes_at_reports: list[int] = []
+    with slow_models(0) as passes:
+        reports: list[tuple[int, int]] = []
+
+        def progress(done: int, total: int) -> None:
+            passes_at_reports.append(passes.count)
+            reports.append((done, total))
+
+        if refine:
+            solved(opened, opened.attributed, [measurement], refine, progress)
+        else:
+            opened.exact_scores(found.vectors, progress=progress)
+    between = np.diff(passes_at_reports)
+    assert passes_at_reports[-1] >= 40
+    assert between.max() <= (2 if refine else 1)  # a product with the Hessian goes through the model twice
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+    assert reports[-1][0] == reports[-1][1]
 
 
 # refusals

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 
 from influence import artifacts
@@ -28,6 +29,8 @@ log = logging.getLogger("influence.service")
 SKETCH_BYTES_PER_ROW = 776
 LONGEST_EXAMPLE = 60
 """Characters of an example's completion."""
+DRAWN_PER_EXAMPLE = 20
+"""Training sequences that are looked at for one example: some were removed, or have no word to be cut at."""
 
 
 @dataclass(kw_only=True)
@@ -239,9 +242,12 @@ def layer_report(run: Run) -> dict[str, Any]:
 
 
 def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:
-    """Halves of training sequences, cut at a word, as prompt and completion; which ones depends on `seed` and their ids alone."""
-    found, live = [], run.live
-    for number in run.hash_order(seed):
+    """Halves of training sequences, cut at a word, as prompt and completion; which ones depends on `seed` and their number alone.
+
+    Of a small draw, so that nothing of the size of the run is made or kept for a seed; sequences that cannot be cut leave fewer than `count`.
+    """
+    found, live, total = [], run.live, len(run.training)
+    for number in np.random.default_rng(seed).choice(total, min(total, DRAWN_PER_EXAMPLE * count), replace=False):
         text = run.training[int(number)].text if live[number] else ""
         cut = text.find(" ", len(text) // 2)
         if text[:cut].strip() and 0 < cut < len(text) - 1:
