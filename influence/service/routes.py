@@ -17,7 +17,7 @@ from influence.errors import RequestError
 from influence.service import answers, bodies
 from influence.service.catalog import Catalog, example_queries, facts_of, layer_report, reading, sequence_facts
 from influence.service.engine import Answer, Engine
-from influence.service.errors import ServiceError, busy, not_found, refused
+from influence.service.errors import ServiceError, not_found, refused
 from influence.service.metrics import Metrics
 from influence.service.settings import ServiceSettings
 from influence.service.store import FINISHED, Query, QueryStore, Question
@@ -82,13 +82,8 @@ class Service:
             body=body.model_dump(exclude_defaults=True),
         )
 
-    def accept(self, user: User, question: Question) -> Query:
+    def accept(self, question: Question) -> Query:
         """Queues the query. Raises 429 or 503 when too many are queued already."""
-        limits = self.settings.limits
-        if self.store.num_unfinished(user.name) >= limits.queued_per_user:
-            raise ServiceError(429, "too_many", f"{limits.queued_per_user} of your queries are not finished", retry_seconds=30)
-        if self.store.num_unfinished() >= limits.queued:
-            raise busy(f"{limits.queued} accepted queries are not finished", 60)
         query = self.store.accept(question)
         self.engine.wake()
         return query
@@ -215,7 +210,7 @@ def router(service: Service) -> APIRouter:
         kept = await run_in_threadpool(service.store.answered, user.name, question.question)
         service.metrics.cache.labels("miss" if kept is None else "hit").inc()
         if kept is None and body.takes_long:
-            query = await run_in_threadpool(service.accept, user, question)
+            query = await run_in_threadpool(service.accept, question)
             line["query"] = query.id
             headers = {"Location": f"/v1/queries/{query.id}", "Retry-After": "1"}
             return _json(json.dumps(query.to_json(), ensure_ascii=False), 202, headers)

@@ -29,7 +29,7 @@ class Limits:
     waiting: int = 64  # quick queries that wait for their answers
     queued: int = 200  # accepted queries that are not finished
     queued_per_user: int = 50
-    kept: int = 10_000  # finished queries whose results are kept; the oldest are forgotten
+    kept: int = 10_000  # finished queries of one user whose results are kept; the oldest are forgotten
     batch: int = 32  # queries answered together
     batch_seconds: float = 0.01  # how long a batch waits for one more query, and 2% of what the last one took, up to 0.1
 
