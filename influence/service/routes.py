@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -317,8 +318,8 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _events(service: Service, name: str) -> AsyncIterator[str]:
-    """The state of a query whenever it changes."""
-    before, silent = None, 0.0
+    """The state of a query whenever it changes, for a while."""
+    before, silent, deadline = None, 0.0, time.monotonic() + service.settings.limits.stream_seconds
     while True:
         query = await run_in_threadpool(service.store.get, name)
         ended = query is None or query.state in FINISHED
@@ -329,7 +330,7 @@ async def _events(service: Service, name: str) -> AsyncIterator[str]:
         elif silent >= SILENCE_SECONDS:
             yield ": still there\n\n"
             silent = 0.0
-        if ended or service.engine.draining:
+        if ended or service.engine.draining or time.monotonic() >= deadline:
             return
         await asyncio.sleep(EVENT_SECONDS)
         silent += EVENT_SECONDS
