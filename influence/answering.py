@@ -37,6 +37,10 @@ Progress = Callable[[int, int], None]
 """Called with (units of work done, units in all)."""
 
 
+class OptionsRefused(RequestError):
+    """The options cannot be met by these runs, whatever is asked with them."""
+
+
 def ignore(done: int, total: int) -> None:
     """The progress that nobody watches."""
 
@@ -84,10 +88,27 @@ def answer_both_ends(
 def _answers(
     runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, signs: Sequence[float], progress: Progress
 ) -> list[list[InfluenceResult]]:
-    check_alike(runs)
-    allowed = _allowed(runs, options.where)
+    allowed = _checked(runs, options)
     groups = in_groups(measurements, runs[0], options.refine)
     return [results for group in groups for results in _answers_of_group(runs, group, options, signs, allowed, progress)]
+
+
+def _checked(runs: Sequence["Run"], options: QueryOptions) -> NDArray[np.bool_] | None:
+    """[N]: which sequences may be found. Raises OptionsRefused for what no query can be answered with, before any of them costs anything."""
+    try:
+        check_alike(runs)
+        for run in runs:
+            selected(run.attributed, options.layers)
+            if options.refine:
+                _check_refinable(run)
+        return _allowed(runs, options.where)
+    except RequestError as error:
+        raise OptionsRefused(str(error)) from None
+
+
+def _check_refinable(run: "Run") -> None:
+    if run.model_config.dtype in ("bfloat16", "float16"):
+        raise RequestError(f"refinement needs a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}")
 
 
 def _allowed(runs: Sequence["Run"], where: str | None) -> NDArray[np.bool_] | None:
@@ -231,8 +252,7 @@ def solved(
         found = query_gradients(attributed, measurements, run.factors)
         vectors = solve(found.gradients, run.factors)
         return Solved(vectors=vectors, rotated=found.gradients, log_probabilities=found.log_probabilities, refinement=None)
-    if run.model_config.dtype in ("bfloat16", "float16"):
-        raise RequestError(f"refinement needs a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}")
+    _check_refinable(run)
     order = run.hash_order(run.factors_config.seed)
     sequences = [run.training[int(number)] for number in np.sort(order[run.live[order]][: options.sequences])]
     if not sequences:

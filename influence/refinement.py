@@ -48,8 +48,8 @@ def refine(
 ) -> Solution:
     """Solves (G + D) x = ∇f for all queries together; `gradients` are [Q, O, J] and D a number or [O, J] for each layer.
 
-    A step costs about 4/3 Q + 1/3 times a plain forward and backward pass over `sequences`. `progress` is called with steps done and steps allowed, after
-    each batch of a step, while the model is free for other work.
+    A step costs about 4/3 Q + 1/3 times a plain forward and backward pass over `sequences`. `progress` is called with steps done and steps allowed,
+    after each batch of a step, while the model is free for other work.
     """
     steps_done = 0
 

@@ -12,7 +12,7 @@ import pytest
 from served import until
 
 from influence.service import Limits, ServiceSettings, engine
-from influence.service.answers import Stopped
+from influence.service.answers import Stopped, kind_of
 from influence.service.bodies import QueryBody
 from influence.service.catalog import Catalog
 from influence.service.engine import Answer, Engine
@@ -47,6 +47,9 @@ class Runs(Catalog):
     def names(self) -> list[str]:
         return self.served
 
+    def indexes(self, names: Sequence[str]) -> list[str]:
+        return [f"index of {name}" for name in names]
+
     def loaded(self, name: str) -> Any:
         if name in self.broken:
             raise ServiceError(409, "stale", "damaged")
@@ -68,8 +71,10 @@ class Service:
     work: Work
 
     def accept(self, prompt: str, run: str = "small", **body: Any) -> str:
-        asked = QueryBody(prompt=prompt, completion=" x", exact=True, **body).model_dump(exclude_defaults=True)
-        name = self.store.accept(Question(user="ada", run=run, question=prompt, kind="scan", body=asked)).id
+        asked = QueryBody(prompt=prompt, completion=" x", exact=True, **body)
+        kind = kind_of(run, self.runs.indexes([run, *asked.also]), asked)
+        question = Question(user="ada", run=run, question=prompt, kind=kind, body=asked.model_dump(exclude_defaults=True))
+        name = self.store.accept(question).id
         self.engine.wake()
         return name
 
@@ -256,7 +261,7 @@ def test_a_stop_hands_work_back_at_once_and_is_no_attempt_even_when_the_work_doe
     service = make(Work(do=do))
     name = service.accept("long")
     service.engine.start([])
-    until(lambda: service.query(name).state == "running")
+    until(lambda: service.work.batches)
     assert not service.engine.stop(0.1), "it says that the work has not ended: the store must not be closed yet"
     (claimed,) = service.store.claim("next", 8, ["small"])
     assert claimed.id == name

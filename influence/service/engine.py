@@ -11,18 +11,18 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
-from influence.answering import ignore
+from influence.answering import OptionsRefused, ignore
 from influence.errors import RequestError
-from influence.service.answers import Stopped, answers, measure
+from influence.service.answers import Stopped, answers, kind_of, measure
 from influence.service.bodies import QueryBody
-from influence.service.catalog import Catalog
+from influence.service.catalog import Catalog, OpenedRun
 from influence.service.errors import ServiceError, busy, refused
 from influence.service.metrics import Metrics
 from influence.service.settings import Limits
@@ -244,7 +244,11 @@ class Engine:
         asked = []
         for query in queries:
             try:
-                asked.append((query, QueryBody.model_validate(query.body)))
+                body = QueryBody.model_validate(query.body)
+                self._check_same_indexes(query, body)
+                asked.append((query, body))
+            except ServiceError as error:
+                self._end(query, error, watch)
             except ValidationError as error:
                 message = f"the query cannot be read ({error.error_count()} faults): another version of the service accepted it; ask again"
                 self._end(query, ServiceError(422, "invalid", message), watch)
@@ -257,6 +261,11 @@ class Engine:
                 self._end(query, outcome, watch)
         if self._draining:
             self._store.hand_back(self._worker)
+
+    def _check_same_indexes(self, query: Query, body: QueryBody) -> None:
+        """Raises 409 when a run was made anew since the query was accepted: it was asked of another index."""
+        if kind_of(query.run, self._catalog.indexes([query.run, *body.also]), body) != query.kind:
+            raise ServiceError(409, "stale", f"the run {query.run}, or one of `also`, was made anew since the query was accepted: ask again")
 
     def _end(self, query: Query, outcome: Outcome, watch: "_Watch") -> None:
         if isinstance(outcome, tuple):
@@ -280,6 +289,7 @@ class Engine:
         start = time.monotonic()
         self._metrics.batch_size.observe(len(asked))
         try:
+            check()
             results = self._answered(run, [body for _, body in asked], progress, check)
             found = [_text(name, result) for (name, _), result in zip(asked, results, strict=True)]
         except ServiceError as error:
@@ -298,8 +308,19 @@ class Engine:
         self, run: str, bodies: Sequence[QueryBody], progress: Callable[[int, int], None], check: Callable[[], None], again: bool = True
     ) -> list[dict[str, Any] | ServiceError]:
         start = time.monotonic()
-        opened = {name: self._catalog.loaded(name) for name in [run, *bodies[0].also]}
-        self._metrics.stage_seconds.labels("load").observe(time.monotonic() - start)
+        with self._catalog.using([run, *bodies[0].also]) as opened:
+            self._metrics.stage_seconds.labels("load").observe(time.monotonic() - start)
+            return self._answered_by(opened, run, bodies, progress, check, again)
+
+    def _answered_by(
+        self,
+        opened: Mapping[str, OpenedRun],
+        run: str,
+        bodies: Sequence[QueryBody],
+        progress: Callable[[int, int], None],
+        check: Callable[[], None],
+        again: bool,
+    ) -> list[dict[str, Any] | ServiceError]:
         names = {path: name for one in opened.values() for path, name in one.names.items()}
         outcomes: list[dict[str, Any] | ServiceError | None] = [None] * len(bodies)
         measurements = {}
@@ -314,9 +335,9 @@ class Engine:
         except RequestError as error:
             if again and not all(one.run.is_current for one in opened.values()):  # the run changed under the query: ask it as it is now
                 return self._answered(run, bodies, progress, check, again=False)
-            if len(bodies) > 1:
+            if len(measurements) > 1 and not isinstance(error, OptionsRefused):
                 raise
-            return [refused(error, names)]
+            return [outcome or refused(error, names) for outcome in outcomes]
         for place, result in zip(measurements, results, strict=True):
             outcomes[place] = result
         for stage in results[0]["provenance"]["stages"] if results else ():

@@ -21,7 +21,7 @@ from influence.service.engine import Answer, Engine
 from influence.service.errors import ServiceError, not_found, refused
 from influence.service.metrics import Metrics
 from influence.service.settings import ServiceSettings
-from influence.service.store import FINISHED, Query, QueryStore, Question
+from influence.service.store import FINISHED, Query, QueryStore, Question, shown_sequences
 from influence.service.tokens import User
 
 REPORT_POLICY = (
@@ -49,7 +49,8 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "the body is too large",
         422: "the query cannot be answered as it stands",
         429: "too many accepted queries of one user; see Retry-After",
-        503: "too much to do, not ready, or the answer took too long; see Retry-After",
+        503: "too much to do, or not ready; see Retry-After",
+        504: "the answer took too long, and its work was stopped: the same again would take as long",
     }
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{bodies.ErrorBody.__name__}"}}}
     return {status: {"content": content, "description": said[status]} for status in (401, 403, 503, *statuses)}
@@ -74,12 +75,12 @@ class Service:
         runs = [run, *body.also]
         if len(set(runs)) < len(runs):
             raise ServiceError(422, "refused", f"also: each run counts once in an average, not {', '.join(runs)}")
-        states = [self.catalog.state_of_index(name) for name in runs]
+        states = [self.catalog.state_of_index(name, refine=body.refine) for name in runs]
         return Question(
             user=user.name,
             run=run,
             question=answers.question_of([run, *states], body),
-            kind=answers.kind_of(run, body),
+            kind=answers.kind_of(run, self.catalog.indexes(runs), body),
             body=body.model_dump(exclude_defaults=True),
         )
 
@@ -89,17 +90,24 @@ class Service:
         self.engine.wake()
         return query
 
-    def found(self, name: str) -> Query:
-        """The query of this id. Raises 404; also when it shows what was erased from its run since."""
+    def found(self, user: User, name: str) -> Query:
+        """The query of this id. Raises 404; also when it is another user's, or shows what was erased from its run since."""
         query = self.store.get(name)
-        if query is not None and query.result is not None and query.run in self.catalog:
-            run = self.catalog.opened(query.run).run
-            erased = run.directory.living.erased
-            self.store.forget_erased(query.run, len(erased), lambda: [run.store.ids[number] for number in erased])
-            query = self.store.get(name)
+        if query is not None and query.user != user.name and "admin" not in user.scopes:
+            query = None
+        if query is not None and query.result is not None and self._shows_erased(query.run, query.result):
+            self.store.forget(name)
+            query = None
         if query is None:
-            raise not_found(f"there is no query {name!r}: it was never accepted, or is forgotten")
+            raise not_found(f"there is no query {name!r} of yours: it was never accepted, or is forgotten")
         return query
+
+    def _shows_erased(self, run: str, result: str) -> bool:
+        """Whether the result shows a sequence that was erased from its run. All results of before are looked through once; this one always,
+        for an answer that was under way during the erasure may have been written after that."""
+        erased = self.catalog.erased(run)
+        self.store.forget_erased(run, len(erased), lambda: erased)
+        return bool(erased) and not erased.isdisjoint(shown_sequences(json.loads(result)))
 
 
 def router(service: Service) -> APIRouter:
@@ -198,7 +206,7 @@ def router(service: Service) -> APIRouter:
         responses={
             200: {"model": bodies.Result, "description": "the result, which is kept at Location"},
             202: {"model": bodies.QueryState, "description": "accepted: a scan or a refinement, to be followed at Location"},
-            **errors(400, 404, 409, 413, 422, 429),
+            **errors(400, 404, 409, 413, 422, 429, 504),
         },
     )
     async def ask(run: Name, body: bodies.QueryBody, request: Request) -> Response:
@@ -229,8 +237,8 @@ def router(service: Service) -> APIRouter:
         response_model=bodies.QueryState,
         responses=errors(404),
     )
-    def query(id: Id) -> Response:
-        return _json(json.dumps(service.found(id).to_json(), ensure_ascii=False), 200)
+    def query(id: Id, request: Request) -> Response:
+        return _json(json.dumps(service.found(request.state.user, id).to_json(), ensure_ascii=False), 200)
 
     @routes.get(
         "/v1/queries",
@@ -245,19 +253,24 @@ def router(service: Service) -> APIRouter:
     @routes.delete(
         "/v1/queries/{id}",
         tags=["queries"],
-        summary="Cancel a query, or forget one that is finished",
+        summary="Cancel a query, or forget it and its result",
         response_model=bodies.QueryState,
-        responses=errors(404),
+        responses=errors(404, 422),
     )
-    def cancel(id: Id, request: Request) -> dict[str, Any]:
-        user: User = request.state.user
-        found = service.found(id)
-        if found.user != user.name and "admin" not in user.scopes:
-            raise ServiceError(403, "forbidden", "the query is another user's")
-        if not service.store.cancel(id):
-            service.store.forget(id)
+    def cancel(
+        id: Id,
+        request: Request,
+        forget: Annotated[
+            bool, QueryParameter(description="remove the query with its result; else one that is finished stays as it is")
+        ] = False,
+    ) -> dict[str, Any]:
+        found = service.found(request.state.user, id)
+        service.store.cancel(id)
         service.engine.wake()
-        return (service.store.get(id) or found).to_json(with_result=False)
+        left = service.store.get(id) or found
+        if forget:
+            service.store.forget(id)
+        return left.to_json(with_result=False)
 
     @routes.get(
         "/v1/queries/{id}/events",
@@ -266,8 +279,8 @@ def router(service: Service) -> APIRouter:
         response_class=StreamingResponse,
         responses={200: {"content": {"text/event-stream": {}}, "description": "events `progress` and, last, `end`"}, **errors(404)},
     )
-    async def events(id: Id) -> StreamingResponse:
-        await run_in_threadpool(service.found, id)
+    async def events(id: Id, request: Request) -> StreamingResponse:
+        await run_in_threadpool(service.found, request.state.user, id)
         return StreamingResponse(_events(service, id), media_type="text/event-stream")
 
     @routes.get(
@@ -277,8 +290,8 @@ def router(service: Service) -> APIRouter:
         response_class=HTMLResponse,
         responses=errors(404, 409, 422),
     )
-    def report(id: Id) -> HTMLResponse:
-        found = service.found(id)
+    def report(id: Id, request: Request) -> HTMLResponse:
+        found = service.found(request.state.user, id)
         if found.result is None:
             raise ServiceError(409, "unfinished", f"the query is {found.state}: it has no result to report")
         created = datetime.fromtimestamp(found.created, UTC).date().isoformat()
@@ -306,7 +319,9 @@ async def _waited_for(future: "Future[Answer]", request: Request, seconds: float
             return name, text
         if gone.done():
             raise ServiceError(503, "gone", "the client went away")
-        raise ServiceError(503, "timeout", f"the answer took longer than {seconds:g} seconds", retry_seconds=5)
+        raise ServiceError(
+            504, "timeout", f"the answer took longer than {seconds:g} seconds and its work was stopped: ask for fewer candidates or layers"
+        )
     finally:
         gone.cancel()
         answer.cancel()
