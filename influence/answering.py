@@ -37,6 +37,10 @@ Progress = Callable[[int, int], None]
 """Called with (units of work done, units in all)."""
 
 
+class OptionsRefused(RequestError):
+    """The options cannot be met by these runs, whatever is asked with them."""
+
+
 def ignore(done: int, total: int) -> None:
     """The progress that nobody watches."""
 
@@ -84,10 +88,27 @@ def answer_both_ends(
 def _answers(
     runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, signs: Sequence[float], progress: Progress
 ) -> list[list[InfluenceResult]]:
-    check_alike(runs)
-    allowed = _allowed(runs, options.where)
+    allowed = _checked(runs, options)
     groups = in_groups(measurements, runs[0], options.refine)
     return [results for group in groups for results in _answers_of_group(runs, group, options, signs, allowed, progress)]
+
+
+def _checked(runs: Sequence["Run"], options: QueryOptions) -> NDArray[np.bool_] | None:
+    """[N]: which sequences may be found. Raises OptionsRefused for what no query can be answered with, before any of them costs anything."""
+    try:
+        check_alike(runs)
+        for run in runs:
+            selected(run.attributed, options.layers)
+            if options.refine:
+                _check_refinable(run)
+        return _allowed(runs, options.where)
+    except RequestError as error:
+        raise OptionsRefused(str(error)) from None
+
+
+def _check_refinable(run: "Run") -> None:
+    if run.model_config.dtype in ("bfloat16", "float16"):
+        raise RequestError(f"refinement needs a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}")
 
 
 def _allowed(runs: Sequence["Run"], where: str | None) -> NDArray[np.bool_] | None:
@@ -186,14 +207,13 @@ def _asked(
     watch: "_Stopwatch",
 ) -> _Asked:
     attributed = selected(run.attributed, options.layers)
-    found = solved(run, attributed, measurements, options.refine, progress)
+    found = solved(run, attributed, measurements, options.refine, progress, rows=not options.exact)
     weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
-    rows = None if options.exact else query_rows(found.rotated, run.features, run.signs)
     watch.lap("gradients")
-    if rows is None:
+    if found.rows is None:
         estimates = run.exact_scores(found.vectors, attributed, progress, allowed)[:, known]
     else:
-        estimates = row_scores(rows, run.rows, known).astype(np.float64)
+        estimates = row_scores(found.rows, run.rows, known).astype(np.float64)
     watch.lap("search")
     return _Asked(
         run=run,
@@ -202,7 +222,7 @@ def _asked(
         log_probabilities=found.log_probabilities,
         solution=found.refinement,
         weights=weights,
-        rows=rows,
+        rows=found.rows,
         known=known,
         allowed=allowed,
         estimates=estimates * weights[known],
@@ -214,7 +234,7 @@ class Solved:
     """(G + λI)⁻¹∇f of some queries, by EK-FAC or refined."""
 
     vectors: dict[str, torch.Tensor]  # [Q, O, J] by layer
-    rotated: dict[str, torch.Tensor]  # what EK-FAC's (G + λI) makes of them, in the eigenbasis: of EK-FAC's own vectors, the gradients
+    rows: NDArray[np.float32] | None  # [Q, D], where they were wanted
     log_probabilities: list[list[NDArray[np.float64]]]
     refinement: Solution | None
 
@@ -225,14 +245,16 @@ def solved(
     measurements: Sequence[Measurement],
     options: RefineOptions | None,
     progress: Progress = ignore,
+    *,
+    rows: bool = False,
 ) -> Solved:
-    """(G + λI)⁻¹ of the queries' gradients by EK-FAC; or refined, with how that went."""
+    """(G + λI)⁻¹ of the queries' gradients by EK-FAC, or refined, with how that went; with their rows of the index where these are wanted."""
     if options is None:
         found = query_gradients(attributed, measurements, run.factors)
+        made = query_rows(found.gradients, run.features, run.signs) if rows else None
         vectors = solve(found.gradients, run.factors)
-        return Solved(vectors=vectors, rotated=found.gradients, log_probabilities=found.log_probabilities, refinement=None)
-    if run.model_config.dtype in ("bfloat16", "float16"):
-        raise RequestError(f"refinement needs a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}")
+        return Solved(vectors=vectors, rows=made, log_probabilities=found.log_probabilities, refinement=None)
+    _check_refinable(run)
     order = run.hash_order(run.factors_config.seed)
     sequences = [run.training[int(number)] for number in np.sort(order[run.live[order]][: options.sequences])]
     if not sequences:
@@ -241,8 +263,10 @@ def solved(
     damping = {layer.name: run.refining_damping[layer.name] / share for layer in attributed.layers}
     found = query_gradients(attributed, measurements)
     solution = refine(attributed, found.gradients, run.factors, damping, sequences, options, progress)
-    rotated = {name: run.factors[name].multiply(vector) for name, vector in solution.vectors.items()}
-    return Solved(vectors=solution.vectors, rotated=rotated, log_probabilities=found.log_probabilities, refinement=solution)
+    made = None
+    if rows:
+        made = query_rows({name: run.factors[name].multiply(vector) for name, vector in solution.vectors.items()}, run.features, run.signs)
+    return Solved(vectors=solution.vectors, rows=made, log_probabilities=found.log_probabilities, refinement=solution)
 
 
 def selected(everything: AttributedModel, patterns: Sequence[str]) -> AttributedModel:

@@ -123,9 +123,12 @@ def _add_gradients(
     return np.asarray(losses[0].detach().double().cpu().numpy())
 
 
-def solve(rotated: Mapping[str, Tensor], factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
-    """(G + λI)⁻¹ of each query's gradient, layer by layer, from gradients in the eigenbasis."""
-    return {name: factors[name].solve(gradient) for name, gradient in rotated.items()}
+def solve(rotated: dict[str, Tensor], factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
+    """(G + λI)⁻¹ of each query's gradient, layer by layer, from gradients in the eigenbasis.
+
+    They are taken out of `rotated` one by one, so that no more than one layer is in memory twice.
+    """
+    return {name: factors[name].solve(rotated.pop(name)) for name in list(rotated)}
 
 
 def precondition(gradients: Mapping[str, Tensor], factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
@@ -162,15 +165,23 @@ def _score_batch(
     return torch.stack([columns[layer.name] for layer in attributed.layers], 1).cpu().numpy(), tokens.cpu().numpy()
 
 
-def scan(attributed: AttributedModel, vectors: Mapping[str, Tensor], sequences: Sequence[TrainingSequence]) -> NDArray[np.float64]:
+def scan(
+    attributed: AttributedModel,
+    vectors: Mapping[str, Tensor],
+    sequences: Sequence[TrainingSequence],
+    progress: Callable[[int], None] = lambda done: None,
+) -> NDArray[np.float64]:
     """⟨vector q, gradient of sequence n⟩ summed over layers, [Q, N], for vectors [Q, O, J] per layer: exact, without the index.
 
-    With preconditioned queries these are the EK-FAC scores; with plain gradients, the dot products of the gradients.
+    With preconditioned queries these are the EK-FAC scores; with plain gradients, the dot products of the gradients. `progress` is called after
+    each batch with how many sequences are done; the model is free for other work meanwhile.
     """
-    scores = np.zeros((len(next(iter(vectors.values()))), len(sequences)))
+    scores, done = np.zeros((len(next(iter(vectors.values()))), len(sequences))), 0
     for members, batch in in_batches(sequences, attributed.budget, attributed.device):
         products = _sum_over_layers(attributed, batch, lambda layer, record: inner_products(record, vectors[layer.name]))
         scores[:, members] = products.cpu().numpy()
+        done += len(members)
+        progress(done)
     return scores
 
 

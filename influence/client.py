@@ -5,6 +5,7 @@ carry them out. Knows HTTP, and neither runs nor models.
 """
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
+LONGEST_REQUEST_SECONDS = 600.0
+"""For one response: a service that answers at all does so in less, whatever the call as a whole may take."""
 BUSY = (429, 503)
 
 
@@ -120,13 +123,25 @@ class _Patience:
         response = yield from self.send(_Send(method="DELETE", path=f"/v1/queries/{_part(name)}"))
         return dict(response.json())
 
+    def forget(self, name: str) -> Conversation[None]:
+        try:
+            yield from self.send(_Send(method="DELETE", path=f"/v1/queries/{_part(name)}", parameters={"forget": "true"}))
+        except ServerRefusal as refusal:
+            if refusal.status != 404:  # there is none: it may have been this request, whose response was lost, that removed it
+                raise
+
+    def sequence(self, run: str, name: str) -> Conversation[dict[str, Any]]:
+        return dict((yield from self.get(f"/v1/runs/{_part(run)}/sequences/{_part(name)}")))
+
     def report(self, name: str) -> Conversation[str]:
         response = yield from self.send(_Send(method="GET", path=f"/v1/queries/{_part(name)}/report"))
         return response.text
 
 
 def _part(name: str) -> str:
-    """A name as one part of a path."""
+    """A name as one part of a path. Raises RequestError for one that a path cannot hold: dots lead elsewhere, however they are written."""
+    if name in ("", ".", ".."):
+        raise RequestError(f"expected a name, not {name!r}")
     return quote(name, safe="")
 
 
@@ -145,16 +160,16 @@ def _checked(response: httpx.Response) -> httpx.Response:
 
 
 class _Base:
-    def __init__(self, url: str, token: str | None, timeout_seconds: float, retries: int) -> None:
+    def __init__(self, url: str, token: str | None, timeout_seconds: float | None, retries: int) -> None:
         token = token or os.environ.get("INFLUENCE_TOKEN")
         if not url.startswith(("http://", "https://")):
             raise RequestError(f"the address of a service begins with http:// or https://, not {url!r}")
         self._settings: dict[str, Any] = {
             "base_url": url,
-            "timeout": timeout_seconds,
+            "timeout": LONGEST_REQUEST_SECONDS,
             "headers": {"Authorization": f"Bearer {token}"} if token else {},
         }
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds = math.inf if timeout_seconds is None else timeout_seconds
         self._talk = _Patience(retries=retries)
 
     def _seconds_left(self, deadline: float) -> float:
@@ -165,13 +180,13 @@ class _Base:
 
 
 class Client(_Base):
-    """A service at `url`. `timeout_seconds` is for a whole call, waiting for an accepted query included; a busy or unreachable service is tried
-    again `retries` times. The token is INFLUENCE_TOKEN when none is given.
+    """A service at `url`. `timeout_seconds` is for a whole call, waiting for an accepted query included (None: as long as it takes); a busy or
+    unreachable service is tried again `retries` times. The token is INFLUENCE_TOKEN when none is given.
 
     Methods raise ServerRefusal for a request that cannot be served, ServerFailure for a service that fails, TimeoutError.
     """
 
-    def __init__(self, url: str, *, token: str | None = None, timeout_seconds: float = 600.0, retries: int = 5) -> None:
+    def __init__(self, url: str, *, token: str | None = None, timeout_seconds: float | None = 600.0, retries: int = 5) -> None:
         super().__init__(url, token, timeout_seconds, retries)
         self._http = httpx.Client(**self._settings)
 
@@ -196,8 +211,12 @@ class Client(_Base):
         return self._hold(self._talk.queries(limit))
 
     def cancel(self, query: str) -> dict[str, Any]:
-        """Cancels a query, or forgets one that is finished."""
+        """Stops a query's work; one that is finished stays as it is. The state that it has now."""
         return self._hold(self._talk.cancel(query))
+
+    def forget(self, query: str) -> None:
+        """Removes a query with its result; afterwards there is none of this id, as there may have been none before."""
+        self._hold(self._talk.forget(query))
 
     def report(self, query: str) -> str:
         """The HTML report of a result."""
@@ -213,7 +232,7 @@ class Client(_Base):
 
     def sequence(self, run: str, name: str) -> dict[str, Any]:
         """A training sequence by its id."""
-        return dict(self._hold(self._talk.get(f"/v1/runs/{_part(run)}/sequences/{quote(name)}")))
+        return self._hold(self._talk.sequence(run, name))
 
     def close(self) -> None:
         self._http.close()
@@ -236,11 +255,10 @@ class Client(_Base):
                     time.sleep(min(said.seconds, left))
                     continue
                 try:
-                    heard = self._http.request(said.method, said.path, json=said.body, params=said.parameters, timeout=left)
-                except httpx.TimeoutException:
-                    self._seconds_left(deadline)
-                    raise
+                    seconds = min(left, LONGEST_REQUEST_SECONDS)
+                    heard = self._http.request(said.method, said.path, json=said.body, params=said.parameters, timeout=seconds)
                 except httpx.TransportError as error:
+                    self._seconds_left(deadline)
                     heard = error
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
@@ -249,7 +267,7 @@ class Client(_Base):
 class AsyncClient(_Base):
     """`Client`, with methods to await."""
 
-    def __init__(self, url: str, *, token: str | None = None, timeout_seconds: float = 600.0, retries: int = 5) -> None:
+    def __init__(self, url: str, *, token: str | None = None, timeout_seconds: float | None = 600.0, retries: int = 5) -> None:
         super().__init__(url, token, timeout_seconds, retries)
         self._http = httpx.AsyncClient(**self._settings)
 
@@ -277,6 +295,10 @@ class AsyncClient(_Base):
         """As `Client.cancel`."""
         return await self._hold(self._talk.cancel(query))
 
+    async def forget(self, query: str) -> None:
+        """As `Client.forget`."""
+        await self._hold(self._talk.forget(query))
+
     async def report(self, query: str) -> str:
         """As `Client.report`."""
         return await self._hold(self._talk.report(query))
@@ -291,7 +313,7 @@ class AsyncClient(_Base):
 
     async def sequence(self, run: str, name: str) -> dict[str, Any]:
         """As `Client.sequence`."""
-        return dict(await self._hold(self._talk.get(f"/v1/runs/{_part(run)}/sequences/{quote(name)}")))
+        return await self._hold(self._talk.sequence(run, name))
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -314,11 +336,10 @@ class AsyncClient(_Base):
                     await asyncio.sleep(min(said.seconds, left))
                     continue
                 try:
-                    heard = await self._http.request(said.method, said.path, json=said.body, params=said.parameters, timeout=left)
-                except httpx.TimeoutException:
-                    self._seconds_left(deadline)
-                    raise
+                    seconds = min(left, LONGEST_REQUEST_SECONDS)
+                    heard = await self._http.request(said.method, said.path, json=said.body, params=said.parameters, timeout=seconds)
                 except httpx.TransportError as error:
+                    self._seconds_left(deadline)
                     heard = error
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]

@@ -48,8 +48,16 @@ def refine(
 ) -> Solution:
     """Solves (G + D) x = ∇f for all queries together; `gradients` are [Q, O, J] and D a number or [O, J] for each layer.
 
-    A step costs about 4/3 Q + 1/3 times a plain forward and backward pass over `sequences`. `progress` is called with steps done and steps allowed.
+    A step costs about 4/3 Q + 1/3 times a plain forward and backward pass over `sequences`. `progress` is called with steps done and steps allowed,
+    after each batch of a step, while the model is free for other work.
     """
+    steps_done = 0
+
+    def report(step: int) -> None:
+        nonlocal steps_done
+        steps_done = step
+        progress(step, options.steps)
+
     damped = {
         name: replace(factors[name], damping=factors[name].diagonal(d) if isinstance(d, Tensor) else d) for name, d in damping.items()
     }
@@ -60,6 +68,7 @@ def refine(
         for _, batch in in_batches(sequences, budget, attributed.device):
             for name, part in gauss_newton_product(attributed.model, attributed.layers, batch, vectors).items():
                 total[name] += part / len(sequences)
+            report(steps_done)
         return total
 
     try:
@@ -69,7 +78,7 @@ def refine(
             lambda vectors: precondition(vectors, damped),
             tolerance=options.tolerance,
             max_steps=options.steps,
-            progress=lambda step, _: progress(step, options.steps),
+            progress=lambda step, _: report(step),
         )
     except ValueError as error:
         raise RequestError(f"the refinement failed: {error}") from None

@@ -324,15 +324,20 @@ class Run:
         allowed: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.float64]:
         """⟨vector q, gradient of sequence n⟩ for every sequence, [Q, number of them], by a pass over all that are allowed (all that were not
-        removed); zero for the others."""
+        removed); zero for the others. `progress` is called after each batch, while the model is free for other work."""
         scores = np.zeros((len(next(iter(vectors.values()))), len(self.store)))
         live = self.live if allowed is None else allowed
         for shard, start in enumerate(self.store.starts[:-1]):
-            progress(int(start), len(self.store))
+
+            def after(done: int, start: int = int(start)) -> None:
+                progress(start + done, len(self.store))
+
+            after(0)
             sequences = self.store.shard(shard)
             places = np.flatnonzero(live[start : start + len(sequences)])
             if len(places):
-                scores[:, start + places] = scan(attributed or self.attributed, vectors, [sequences[place] for place in places])
+                chosen = [sequences[place] for place in places]
+                scores[:, start + places] = scan(attributed or self.attributed, vectors, chosen, after)
         progress(len(self.store), len(self.store))
         return scores
 

@@ -48,7 +48,7 @@ async def _ask_all(server: str, run: str, bodies: list[dict[str, Any]]) -> list[
         async with places:
             return InfluenceResult.from_json(await client.ask(run, body))
 
-    async with AsyncClient(server) as client:
+    async with AsyncClient(server, timeout_seconds=None) as client:  # whoever asks for a scan waits for it, and can interrupt
         return list(await asyncio.gather(*(ask(client, body) for body in bodies)))
 
 

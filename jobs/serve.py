@@ -64,8 +64,7 @@ def settings_of(
     runs: list[Path], runs_dir: Path | None, host: str, state_dir: Path | None, tokens: Path | None, log_queries: bool, memory_budget: str
 ) -> "ServiceSettings":
     """The settings that these options say. Raises RequestError when there is nothing to serve, or it cannot be served like this."""
-    from influence.service.server import is_loopback
-    from influence.service.settings import ServiceSettings, named_runs, state_directory
+    from influence.service.settings import ServiceSettings, is_loopback, named_runs, state_directory
 
     if not runs and runs_dir is None:
         raise RequestError("give run directories, or --runs-dir")

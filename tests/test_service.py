@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import sqlite3
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,14 @@ from small_run import Influence, World, write_jsonl
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from influence.answering import QueryOptions
-from influence.run import open_run
+from influence import run as run_module
+from influence.answering import QueryOptions, solved
+from influence.filters import matching
+from influence.refinement import RefineOptions
+from influence.run import Run, open_run
 from influence.service import Limits, ServiceSettings
-from influence.service.catalog import Catalog, resident_bytes
+from influence.service import catalog as catalog_module
+from influence.service.catalog import Catalog, example_queries, resident_bytes
 from influence.service.settings import named_runs
 
 QUESTION = {"prompt": "Lisbon lies on", "completion": " the Tagus"}
@@ -208,6 +214,46 @@ def test_sequences_and_layers_are_told(http: httpx.Client, run: Path) -> None:
         assert opened.training[opened.store.ids.index(example["sequence"])].text.startswith(example["prompt"] + example["completion"])
 
 
+def test_examples_of_other_seeds_keep_nothing_in_memory(run: Path) -> None:
+    opened = open_run(run)
+    first = example_queries(opened, 5, seed=0)  # reads what is kept: texts and ids
+    tracemalloc.start()
+    others = [example_queries(opened, 5, seed=seed) for seed in range(1, 201)]
+    assert len({json.dumps(examples) for examples in others}) > 100
+    del others
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 200 * 8 * len(opened.training) / 2, "less than half of an order of all sequences for each seed"
+    assert example_queries(opened, 5, seed=0) == first
+
+
+@pytest.mark.parametrize("refine", [None, RefineOptions(sequences=20, steps=2, tolerance=0)], ids=["scan", "refinement"])
+def test_long_work_is_between_two_batches_whenever_it_reports(run: Path, refine: RefineOptions | None) -> None:
+    opened = open_run(run)
+    attributed = opened.attributed
+    one_sequence = replace(attributed.budget, memory_bytes=1)  # a batch has one at least
+    opened.__dict__["attributed"] = replace(attributed, budget=one_sequence)
+    measurement = opened.measure(*QUESTION.values())
+    found = solved(opened, opened.attributed, [measurement], None)
+    passes_at_reports: list[int] = []
+    with slow_models(0) as passes:
+        reports: list[tuple[int, int]] = []
+
+        def progress(done: int, total: int) -> None:
+            passes_at_reports.append(passes.count)
+            reports.append((done, total))
+
+        if refine:
+            solved(opened, opened.attributed, [measurement], refine, progress)
+        else:
+            opened.exact_scores(found.vectors, progress=progress)
+    between = np.diff(passes_at_reports)
+    assert passes_at_reports[-1] >= 40
+    assert between.max() <= (2 if refine else 1)  # a product with the Hessian goes through the model twice
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+    assert reports[-1][0] == reports[-1][1]
+
+
 # refusals
 
 
@@ -322,16 +368,31 @@ def test_tokens_open_what_their_scopes_say(guarded: tuple[httpx.Client, dict[str
     assert status("/v1/runs", tokens["ada"]) == 401
 
 
-def test_only_its_owner_and_an_administrator_cancel_a_query(
+def test_only_its_owner_and_an_administrator_see_and_forget_a_query(
     guarded: tuple[httpx.Client, dict[str, str], Path], influence: Influence
 ) -> None:
     http, tokens, file = guarded
     other = influence("tokens", "add", "eve", "--tokens-file", file).out.strip()
     as_user = {name: {"Authorization": f"Bearer {token}"} for name, token in (tokens | {"eve": other}).items()}
     name = http.post("/v1/runs/small/queries", json=QUESTION, headers=as_user["ada"]).json()["id"]
-    assert http.delete(f"/v1/queries/{name}", headers=as_user["eve"]).status_code == 403
-    assert http.delete(f"/v1/queries/{name}", headers=as_user["root"]).status_code == 200
+    paths = [f"/v1/queries/{name}", f"/v1/queries/{name}/events", f"/v1/queries/{name}/report"]
+    for user, status in (("eve", 404), ("ada", 200), ("root", 200)):
+        assert [http.get(path, headers=as_user[user]).status_code for path in paths] == [status] * 3
+    forget = {"forget": "true"}
+    assert http.delete(f"/v1/queries/{name}", params=forget, headers=as_user["eve"]).status_code == 404
+    assert http.get(f"/v1/queries/{name}", headers=as_user["ada"]).status_code == 200
+    assert http.delete(f"/v1/queries/{name}", params=forget, headers=as_user["root"]).status_code == 200
     assert http.get(f"/v1/queries/{name}", headers=as_user["ada"]).status_code == 404
+
+
+def test_cancelling_what_has_just_finished_keeps_its_result_and_forgetting_does_not(http: httpx.Client) -> None:
+    found = ask(http, k=8).json()
+    address = f"/v1/queries/{found['id']}"
+    for _ in range(2):
+        assert http.delete(address).json()["state"] == "done"
+    assert http.get(address).json()["result"] == found
+    assert http.delete(address, params={"forget": "true"}).json()["state"] == "done"
+    assert http.get(address).status_code == 404
 
 
 def test_without_tokens_it_listens_to_its_own_machine_only(run: Path, influence: Influence) -> None:
@@ -380,7 +441,8 @@ def test_a_request_that_takes_too_long_is_stopped_and_so_is_its_work(run: Path, 
     settings = ServiceSettings(runs=named_runs([run]), state_dir=tmp_path / "state", limits=Limits(request_seconds=0.5))
     with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http, slow_models(0.3) as passes:
         response = ask(http, candidates=60)
-        assert (response.status_code, response.json()["error"]["code"]) == (503, "timeout")
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+        assert "retry-after" not in response.headers
         time.sleep(0.7)
         done = passes.count
         time.sleep(1.0)
@@ -408,6 +470,26 @@ def test_quick_queries_do_not_wait_for_a_scan_to_end(run: Path, tmp_path: Path) 
         assert ask(http, candidates=1, k=1).status_code == 200
         assert http.get(f"/v1/queries/{name}").json()["state"] == "running"
         assert finished_query(http, name)["state"] == "done"
+
+
+def test_what_no_query_of_a_batch_can_be_answered_with_is_found_out_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conditions: list[str] = []
+
+    def matching_slowly(metadata: Any, where: str) -> Any:
+        conditions.append(where)
+        time.sleep(0.3)
+        return matching(metadata, where)
+
+    monkeypatch.setattr(run_module, "matching", matching_slowly)
+    settings = ServiceSettings(runs=named_runs([run]), state_dir=tmp_path / "state", limits=Limits(batch_seconds=1.0))
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda number: ask(http, completion=f" {number}", where="absent = 1"), range(8)))
+        alone = ask(http, where="absent = 1")
+    assert {(answer.status_code, answer.text) for answer in answers} == {(422, alone.text)}
+    assert "no such column" in alone.text
+    assert len(conditions) <= 3, "one for each batch, and one for the query alone"
 
 
 # changes of a run
@@ -456,6 +538,78 @@ def test_results_that_show_what_was_erased_are_forgotten_and_others_kept(own_run
         assert influence("remove", own_run, "--ids", tmp_path / "ids", "--erase").status == 0
         assert http.get(f"/v1/queries/{shows['id']}").status_code == 404
         assert http.get(f"/v1/queries/{other['id']}").status_code == 200
+
+
+def test_a_result_that_was_written_after_an_erasure_it_does_not_know_is_not_shown(
+    own_run: Path, tmp_path: Path, influence: Influence
+) -> None:
+    settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state")
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
+        shows = ask(http, "own", k=20)
+        assert any(one["id"] == "doc-00:0" for one in shows.json()["results"])
+        (tmp_path / "ids").write_text("doc-00\n")
+        assert influence("remove", own_run, "--ids", tmp_path / "ids", "--erase").status == 0
+        after = ask(http, "own", k=20).json()["id"]
+        assert http.get(f"/v1/queries/{after}").status_code == 200  # the results of before were looked through
+        with closing(sqlite3.connect(tmp_path / "state" / "queries.sqlite3")) as connection, connection:
+            connection.execute("UPDATE queries SET result = ? WHERE id = ?", (shows.text, after))
+        for path in ("", "/report", "/events"):
+            assert http.get(f"/v1/queries/{after}{path}").status_code == 404
+
+
+def test_a_kept_result_outlives_its_run(own_run: Path, tmp_path: Path) -> None:
+    settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state")
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
+        found = ask(http, "own").json()
+        (own_run / "run.json").write_text("{")
+        assert ask(http, "own").status_code == 409
+        assert http.get(f"/v1/queries/{found['id']}").json()["result"] == found
+        shutil.rmtree(own_run)
+        assert http.get(f"/v1/queries/{found['id']}").json()["result"] == found
+        assert http.get(f"/v1/queries/{found['id']}/report").status_code == 200
+
+
+def test_what_was_appended_is_checked_against_its_checksums(own_run: Path, tmp_path: Path, influence: Influence) -> None:
+    new = write_jsonl(tmp_path / "new.jsonl", [{"id": "new", "text": "Lisbon lies on the Tagus, again and again.", "source": "note"}])
+    settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state")
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
+        assert ask(http, "own").status_code == 200
+        assert influence("append", own_run, new).status == 0
+        (appended,) = (own_run / "rows").glob("append-*")
+        _flip(appended / "rows.npy")
+        response = ask(http, "own")
+        assert (response.status_code, response.json()["error"]["code"]) == (409, "stale")
+        assert f"{appended.name}/rows.npy" in response.json()["error"]["message"]
+
+
+def test_an_accepted_query_is_not_answered_by_another_index_of_the_same_name(own_run: Path, tmp_path: Path) -> None:
+    settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state", limits=Limits(batch=1))
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http, slow_models(0.2):
+        first, second = (ask(http, "own", exact=True, k=k).json()["id"] for k in (1, 2))
+        until(lambda: http.get(f"/v1/queries/{first}").json()["state"] == "running")
+        description = json.loads((own_run / "run.json").read_text())
+        description["settings"]["index"]["seed"] += 1
+        (own_run / "run.json").write_text(json.dumps(description))
+        state = finished_query(http, second)
+        assert (state["state"], state["error"]["code"]) == ("failed", "stale")
+        assert "made anew" in state["error"]["message"]
+
+
+def test_the_state_of_an_index_holds_what_its_answers_depend_on(
+    own_run: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def states() -> tuple[str, str]:
+        catalog = Catalog(ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state"))
+        return catalog.state_of_index("own", refine=False), catalog.state_of_index("own", refine=True)
+
+    quick, refined = states()
+    assert (quick, refined) == states()
+    monkeypatch.setattr(catalog_module, "version", lambda _: "another")
+    assert not {quick, refined} & set(states())
+    monkeypatch.undo()
+    monkeypatch.setattr(Run, "optimizer_digest", "sha256:another")
+    assert states()[0] == quick
+    assert states()[1] != refined
 
 
 DAMAGES: list[tuple[str, Callable[[Path], Any]]] = [
@@ -535,6 +689,45 @@ def test_the_run_that_was_used_longest_ago_is_released_when_memory_is_short(fini
     for name in ("one", "two", "one", "three"):
         catalog.loaded(name)
     assert [catalog.is_loaded(name) for name in ("one", "two", "three")] == [True, False, True]
+
+
+def test_runs_that_do_not_fit_into_memory_together_are_not_averaged(finished: Path, tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    room_for_two = 5 * resident_bytes(open_run(finished)) // 2
+    settings = ServiceSettings(runs_dir=tmp_path / "runs", state_dir=tmp_path / "state", memory_budget=room_for_two)
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
+        response = ask(http, "one", also=["two", "three"])
+        assert (response.status_code, response.json()["error"]["code"]) == (422, "refused")
+        assert "3 of the 3 runs need" in response.json()["error"]["message"]
+        assert ask(http, "one", also=["two"]).status_code == 200
+
+
+def test_a_run_in_use_is_neither_released_nor_loaded_twice(finished: Path, tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    room_for_two = 5 * resident_bytes(open_run(finished)) // 2
+    catalog = Catalog(ServiceSettings(runs_dir=tmp_path / "runs", state_dir=tmp_path / "state", memory_budget=room_for_two))
+    with catalog.using(["one", "two"]) as outer:
+        with catalog.using(["three"]):
+            assert [catalog.is_loaded(name) for name in ("one", "two", "three")] == [True, True, True]
+        with catalog.using(["one"]) as inner:
+            assert inner["one"] is outer["one"]
+    assert [catalog.is_loaded(name) for name in ("one", "two", "three")] == [True, True, False]
+
+
+def test_a_run_that_was_appended_to_is_not_taken_for_the_least_used(finished: Path, tmp_path: Path, influence: Influence) -> None:
+    for name in ("one", "two", "three"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    room_for_two = 5 * resident_bytes(open_run(finished)) // 2
+    catalog = Catalog(ServiceSettings(runs_dir=tmp_path / "runs", state_dir=tmp_path / "state", memory_budget=room_for_two))
+    for name in ("one", "two"):
+        catalog.loaded(name)
+    new = write_jsonl(tmp_path / "new.jsonl", [{"id": "new", "text": "Lisbon lies on the Tagus, again and again.", "source": "note"}])
+    assert influence("append", tmp_path / "runs" / "two", new).status == 0
+    catalog.opened("two")
+    catalog.loaded("three")
+    assert [catalog.is_loaded(name) for name in ("one", "two", "three")] == [False, True, True]
 
 
 # what the page asks for

@@ -64,8 +64,9 @@ def test_queries_are_answered_together_only_when_they_differ_in_nothing_but_the_
 ) -> None:
     first, second = QueryBody.model_validate(one), QueryBody.model_validate(other)
     alike = first.options() == second.options()
-    assert (kind_of("run", first) == kind_of("run", second)) == alike
-    assert kind_of("run", first) != kind_of("another", first)
+    assert (kind_of("run", ["index"], first) == kind_of("run", ["index"], second)) == alike
+    assert kind_of("run", ["index"], first) != kind_of("another", ["index"], first)
+    assert kind_of("run", ["index"], first) != kind_of("run", ["another"], first)
     assert (question_of(["state"], first) == question_of(["state"], second)) == (first == second)
     assert question_of(["state"], first) != question_of(["later"], first)
 
@@ -86,6 +87,20 @@ def test_known_paths_are_named_in_messages(before: str, after: str) -> None:
 def test_of_unknown_paths_the_last_part_is_told() -> None:
     message = "there is no model at /home/ada/models/gpt2: it is not '/home/ada/x.json', a/b, 1/2 or /."
     assert without_paths(message, {}) == "there is no model at gpt2: it is not 'x.json', a/b, 1/2 or /."
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("/srv/my runs/demo is damaged", "demo is damaged"),
+        ("no file /srv/my big old runs/demo/rows.npy: restore it", "no file rows.npy: restore it"),
+        ("No such file or directory: '/srv/a b/it s/a file.json'", "No such file or directory: 'a file.json'"),
+        ('No such file: "/srv/ada\'s/x.json"', 'No such file: "x.json"'),
+        ("/secret is gone, and/or '/data'", "secret is gone, and/or 'data'"),
+    ],
+)
+def test_no_part_but_the_last_of_an_unknown_path_is_told_spaces_or_not(message: str, told: str) -> None:
+    assert without_paths(message, {}) == told
 
 
 def test_a_file_of_tokens_keeps_no_token_and_knows_each(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from served import application
@@ -15,10 +17,13 @@ from small_run import Influence, write_jsonl
 from test_service import QUESTION, assert_same, run  # noqa: F401
 
 from influence import AsyncClient, Client, InfluenceResult, ServerFailure, ServerRefusal
+from influence import client as client_module
+from influence.answering import QueryOptions
 from influence.errors import RequestError
 from influence.run import open_run
 from influence.service import ServiceSettings
 from influence.service.settings import named_runs
+from jobs.remote import ask_server
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,11 @@ def test_the_client_gives_what_the_run_gives(url: str, run: Path) -> None:  # no
         assert client.state(exact.id)["state"] == "done"
         assert "<!DOCTYPE html>" in client.report(exact.id)
         assert client.queries(1)[0]["id"] == exact.id
-        assert client.cancel(exact.id)["id"] == exact.id
+        assert client.cancel(exact.id)["state"] == client.state(exact.id)["state"] == "done"
+        client.forget(exact.id)
+        with pytest.raises(ServerRefusal, match="forgotten"):
+            client.state(exact.id)
+        client.forget(exact.id)
         assert client.runs()[0]["name"] == "small"
         assert client.sequence("small", "doc-00:0")["document"] == "doc-00"
         assert client.layers("small")["parameters_attributed"] == 1.0
@@ -73,11 +82,13 @@ def test_a_refusal_says_what_the_service_says(url: str) -> None:
 
 
 class _Moody(BaseHTTPRequestHandler):
-    """Answers 503 twice, then what it has; after `slow` it takes its time."""
+    """Answers with these statuses, then with what it has; after `slow` it takes its time. Keeps what it was asked."""
 
     answers: list[int]
+    asked: list[str]
 
     def do_GET(self) -> None:
+        type(self).asked.append(self.path)
         status = type(self).answers.pop(0) if type(self).answers else 200
         body = b'{"runs": []}' if status == 200 else b'{"error": {"code": "busy", "message": "come back later"}}'
         if status == 200 and self.path.startswith("/v1/runs/slow"):
@@ -88,13 +99,25 @@ class _Moody(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_DELETE(self) -> None:
+        """Does it, but the response is lost the first time."""
+        type(self).asked.append(self.path)
+        if len(type(self).asked) == 1:
+            self.close_connection = True
+            return
+        body = b'{"error": {"code": "not_found", "message": "there is no such query"}}'
+        self.send_response(404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def log_message(self, *_: object) -> None:
         """Nothing."""
 
 
 @pytest.fixture
 def moody() -> Iterator[tuple[str, type[_Moody]]]:
-    handler = type("Handler", (_Moody,), {"answers": []})
+    handler = type("Handler", (_Moody,), {"answers": [], "asked": []})
     server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -112,6 +135,49 @@ def test_a_busy_server_is_asked_again_as_often_as_allowed(moody: tuple[str, type
     handler.answers = [503] * 3
     with Client(url, retries=2) as client, pytest.raises(ServerFailure, match="come back later"):
         client.runs()
+
+
+def test_what_took_too_long_is_not_asked_again(moody: tuple[str, type[_Moody]]) -> None:
+    url, handler = moody
+    handler.answers = [504, 200]
+    with Client(url) as client, pytest.raises(ServerFailure):
+        client.runs()
+    assert len(handler.asked) == 1
+
+
+def test_what_was_forgotten_by_a_request_whose_response_was_lost_is_forgotten(moody: tuple[str, type[_Moody]]) -> None:
+    url, handler = moody
+    with Client(url) as client:
+        client.forget("one")
+    assert handler.asked == ["/v1/queries/one?forget=true"] * 2
+
+
+@pytest.mark.parametrize("name", ["../a/../b", "a b?c=d#e%2e", "..a", "./"])
+def test_any_name_of_a_sequence_is_one_part_of_the_address(moody: tuple[str, type[_Moody]], name: str) -> None:
+    url, handler = moody
+    with Client(url) as client:
+        client.sequence("small", name)
+    (asked,) = handler.asked
+    assert asked.startswith("/v1/runs/small/sequences/")
+    assert unquote(asked.removeprefix("/v1/runs/small/sequences/")) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_a_name_that_leads_elsewhere_is_refused(moody: tuple[str, type[_Moody]], name: str) -> None:
+    url, handler = moody
+    with Client(url) as client, pytest.raises(RequestError, match="expected a name"):
+        client.sequence("small", name)
+    assert handler.asked == []
+
+
+def test_the_command_line_waits_for_a_scan_as_long_as_it_takes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a look takes an hour."""
+    hours = iter(range(10**6))
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: 3_600.0 * next(hours), sleep=time.sleep))
+    with Client(url) as client, pytest.raises(TimeoutError, match="within 600 seconds"):
+        client.runs()
+    (result,) = ask_server(url, "small", [("query", dict(QUESTION))], QueryOptions(exact=True, k=3), [])
+    assert len(result.sequences) == 3
 
 
 def test_a_call_ends_at_its_time_limit(moody: tuple[str, type[_Moody]]) -> None:

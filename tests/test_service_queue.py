@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ from test_service import QUESTION, ask, assert_same, finished_query
 
 from influence.errors import RequestError
 from influence.run import open_run
+from influence.service import Limits
 from influence.service import store as store_module
+from influence.service.errors import ServiceError
 from influence.service.store import MOST_ATTEMPTS, QueryStore, Question
+
+RUNS = ["small"]
 
 
 def question(name: str = "one", user: str = "ada", kind: str = "scan") -> Question:
@@ -27,7 +33,7 @@ def question(name: str = "one", user: str = "ada", kind: str = "scan") -> Questi
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[QueryStore]:
-    opened = QueryStore(tmp_path / "state", kept=100)
+    opened = QueryStore(tmp_path / "state", Limits())
     yield opened
     opened.close()
 
@@ -41,16 +47,16 @@ def state_of(store: QueryStore, name: str) -> str:
 def test_a_query_goes_from_queued_to_running_to_done(store: QueryStore) -> None:
     name = store.accept(question()).id
     assert state_of(store, name) == "queued"
-    (claimed,) = store.claim("worker", 8)
+    (claimed,) = store.claim("worker", 8, RUNS)
     assert (claimed.id, claimed.body, state_of(store, name)) == (name, question().body, "running")
     assert store.finish("worker", name, '{"id": 1}')
-    assert (state_of(store, name), store.claim("worker", 8)) == ("done", [])
+    assert (state_of(store, name), store.claim("worker", 8, RUNS)) == ("done", [])
 
 
 def test_queries_of_one_kind_are_claimed_together_oldest_first(store: QueryStore) -> None:
     names = [store.accept(question(str(number), kind="abab"[number])).id for number in range(4)]
-    assert [query.id for query in store.claim("worker", 8)] == [names[0], names[2]]
-    assert [query.id for query in store.claim("other", 1)] == [names[1]]
+    assert [query.id for query in store.claim("worker", 8, RUNS)] == [names[0], names[2]]
+    assert [query.id for query in store.claim("other", 1, RUNS)] == [names[1]]
 
 
 def test_the_same_question_that_waits_is_not_queued_again_and_another_users_is(store: QueryStore) -> None:
@@ -64,9 +70,9 @@ def test_the_same_question_that_waits_is_not_queued_again_and_another_users_is(s
 def test_only_the_holder_finishes_a_query_and_only_once(store: QueryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     name = store.accept(question()).id
     monkeypatch.setattr(store_module, "LEASE_SECONDS", -1.0)  # the worker is dead at once
-    store.claim("dead", 8)
+    store.claim("dead", 8, RUNS)
     monkeypatch.undo()
-    assert [query.id for query in store.claim("alive", 8)] == [name]
+    assert [query.id for query in store.claim("alive", 8, RUNS)] == [name]
     assert not store.finish("dead", name, '"late"'), "it was taken over"
     assert store.finish("alive", name, '"right"')
     assert not store.finish("alive", name, '"twice"')
@@ -79,38 +85,146 @@ def test_a_query_that_ends_its_workers_fails_after_some_of_them(store: QueryStor
     name = store.accept(question()).id
     monkeypatch.setattr(store_module, "LEASE_SECONDS", -1.0)
     for _ in range(MOST_ATTEMPTS):
-        assert len(store.claim("dead", 8)) == 1
-    assert (store.claim("alive", 8), state_of(store, name)) == ([], "failed")
+        assert len(store.claim("dead", 8, RUNS)) == 1
+    assert (store.claim("alive", 8, RUNS), state_of(store, name)) == ([], "failed")
 
 
 def test_what_is_handed_back_was_no_attempt(store: QueryStore) -> None:
     name = store.accept(question()).id
     for _ in range(2 * MOST_ATTEMPTS):
-        assert len(store.claim("worker", 8)) == 1
+        assert len(store.claim("worker", 8, RUNS)) == 1
         store.hand_back("worker")
     assert state_of(store, name) == "queued"
 
 
 def test_a_cancelled_query_is_held_no_more_and_cannot_be_finished(store: QueryStore) -> None:
     name = store.accept(question()).id
-    store.claim("worker", 8)
+    store.claim("worker", 8, RUNS)
     assert store.held("worker") == {name}
     assert store.cancel(name)
     assert (store.held("worker"), store.finish("worker", name, "{}"), store.cancel(name)) == (set(), False, False)
 
 
 def test_the_oldest_finished_queries_are_forgotten_and_unfinished_ones_never(tmp_path: Path) -> None:
-    store = QueryStore(tmp_path, kept=2)
+    store = QueryStore(tmp_path, Limits(kept=2))
     waiting = store.accept(question("waiting")).id
     store.keep([(f"name-{number}", "{}", question(str(number))) for number in range(4)])
     assert [store.get(name) is not None for name in (waiting, "name-0", "name-1", "name-2", "name-3")] == [True, False, False, True, True]
     store.close()
 
 
+def test_only_queries_of_the_given_runs_are_claimed_and_of_averages_only_those_over_them(store: QueryStore) -> None:
+    single = store.accept(question("single")).id
+    average = store.accept(replace(question("average", kind="average"), body={"also": ["large"]})).id
+    assert store.claim("other", 8, ["large"]) == []
+    assert [query.id for query in store.claim("worker", 8, RUNS)] == [single]
+    assert store.claim("worker", 8, RUNS) == []
+    assert [query.id for query in store.claim("worker", 8, ["large", "small"])] == [average]
+
+
+def test_queries_that_were_tried_before_are_claimed_one_by_one(store: QueryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So one that ends its worker fails alone, and the rest of its first batch are answered."""
+    names = [store.accept(question(str(number))).id for number in range(4)]
+    monkeypatch.setattr(store_module, "LEASE_SECONDS", -1.0)
+    assert len(store.claim("dead", 8, RUNS)) == 4
+    new = store.accept(question("new")).id
+    for _ in range(MOST_ATTEMPTS - 1):
+        assert [query.id for query in store.claim("dead", 8, RUNS)] == names[:1]
+    monkeypatch.undo()
+    claimed = [[query.id for query in store.claim("alive", 8, RUNS)] for _ in range(5)]
+    assert claimed == [[names[1]], [names[2]], [names[3]], [new], []]
+    assert state_of(store, names[0]) == "failed"
+
+
+def test_work_that_failed_is_queued_again_and_was_an_attempt(store: QueryStore) -> None:
+    name = store.accept(question()).id
+    for _ in range(MOST_ATTEMPTS):
+        assert len(store.claim("worker", 8, RUNS)) == 1
+        store.try_again("worker")
+    assert (store.claim("worker", 8, RUNS), state_of(store, name)) == ([], "failed")
+
+
+def test_one_user_does_not_push_out_the_results_of_another(tmp_path: Path) -> None:
+    store = QueryStore(tmp_path, Limits(kept=2))
+    store.keep([("hers", "{}", question("hers", user="eve"))])
+    store.keep([(f"name-{number}", "{}", question(str(number))) for number in range(4)])
+    assert [store.get(name) is not None for name in ("hers", "name-1", "name-2", "name-3")] == [True, False, True, True]
+    store.close()
+
+
+def test_the_result_of_an_accepted_query_is_kept_for_a_while_whatever_comes_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = QueryStore(tmp_path, Limits(kept=2))
+    name = store.accept(question("long")).id
+    store.claim("worker", 8, RUNS)
+    store.finish("worker", name, "{}")
+    store.keep([(f"name-{number}", "{}", question(str(number))) for number in range(4)])
+    assert state_of(store, name) == "done"
+    monkeypatch.setattr(store_module, "KEPT_SECONDS", 0.0)
+    store.keep([("last", "{}", question("last"))])
+    assert store.get(name) is None
+    store.close()
+
+
+def test_forgetting_reads_the_index_and_not_the_results(store: QueryStore) -> None:
+    plan = store._rows("EXPLAIN QUERY PLAN SELECT id FROM queries WHERE user = '' AND finished IS NOT NULL ORDER BY finished DESC")
+    assert "COVERING INDEX by_finished" in plan[0][-1]
+
+
+def test_too_many_of_one_user_or_of_all_are_refused_but_not_the_same_question_again(tmp_path: Path) -> None:
+    store = QueryStore(tmp_path, Limits(queued_per_user=2, queued=3))
+    first = store.accept(question("one")).id
+    store.accept(question("two"))
+    with pytest.raises(ServiceError) as refused:
+        store.accept(question("three"))
+    assert (refused.value.status, refused.value.retry_seconds) == (429, 30)
+    store.accept(question("one", user="eve"))
+    with pytest.raises(ServiceError) as refused:
+        store.accept(question("one", user="bob"))
+    assert (refused.value.status, refused.value.code) == (503, "busy")
+    assert store.accept(question("one")).id == first
+    store.close()
+
+
+def test_queries_that_are_accepted_at_once_keep_to_the_limit(tmp_path: Path) -> None:
+    stores = [QueryStore(tmp_path, Limits(queued_per_user=5)) for _ in range(4)]
+
+    def accepted(number: int) -> bool:
+        try:
+            stores[number % 4].accept(question(str(number)))
+        except ServiceError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(accepted, range(40))) == 5
+    for store in stores:
+        store.close()
+
+
+def test_what_it_makes_is_for_its_user_alone_and_what_was_there_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there").chmod(0o755)
+    for name, mode in (("made", 0o700), ("there", 0o755)):
+        store = QueryStore(tmp_path / name, Limits())
+        store.keep([("name", "{}", question())])
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
+        assert {path.stat().st_mode & 0o777 for path in (tmp_path / name).iterdir()} == {0o600}
+        store.close()
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for directory in (tmp_path / "file", tmp_path / "file" / "state"):
+        with pytest.raises(RequestError, match=r"cannot be made .*: take another --state-dir"):
+            QueryStore(directory, Limits())
+
+
 def test_a_file_that_is_no_queue_is_refused(tmp_path: Path) -> None:
     (tmp_path / "queries.sqlite3").write_bytes(b"something else entirely, and long enough to be looked at" * 100)
     with pytest.raises(RequestError, match="cannot be used as the queue"):
-        QueryStore(tmp_path, kept=1)
+        QueryStore(tmp_path, Limits(kept=1))
 
 
 def test_a_queue_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -118,16 +232,16 @@ def test_a_queue_of_another_version_is_refused(tmp_path: Path) -> None:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
     with pytest.raises(RequestError, match="another version"):
-        QueryStore(tmp_path, kept=1)
+        QueryStore(tmp_path, Limits(kept=1))
 
 
 def test_two_processes_that_claim_at_once_never_hold_the_same_query(tmp_path: Path) -> None:
-    store = QueryStore(tmp_path, kept=100)
+    store = QueryStore(tmp_path, Limits())
     names = [store.accept(question(str(number))).id for number in range(40)]
     script = (
-        "import sys, json; from pathlib import Path; from influence.service.store import QueryStore\n"
-        "store, held = QueryStore(Path(sys.argv[1]), kept=100), []\n"
-        "while claimed := store.claim(sys.argv[2], 1): held += [query.id for query in claimed]\n"
+        "import sys, json; from pathlib import Path; from influence.service import Limits; from influence.service.store import QueryStore\n"
+        "store, held = QueryStore(Path(sys.argv[1]), Limits()), []\n"
+        "while claimed := store.claim(sys.argv[2], 1, ['small']): held += [query.id for query in claimed]\n"
         "print(json.dumps(held))"
     )
     workers = [
@@ -181,7 +295,7 @@ def test_asked_to_stop_it_hands_its_work_back_and_ends_well(run: Path, tmp_path:
         start = time.monotonic()
         assert served.stop() == 0
         assert time.monotonic() - start < 20
-    store = QueryStore(tmp_path / "state", kept=100)
+    store = QueryStore(tmp_path / "state", Limits())
     states = {name: state_of(store, name) for name in names}
     store.close()
     assert set(states.values()) <= {"queued", "done"}

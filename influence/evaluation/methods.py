@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing import query_rows, row_scores
+from indexing import row_scores
 from influence.answering import QueryOptions, Solved, check_alike, in_groups, num_candidates, solved
 from influence.attribution import gradient_norms, query_gradients, score_sequences
 from influence.errors import RequestError
@@ -51,12 +51,13 @@ def _gradient_scores(
     if method in ("gradient-dot", "gradient-cosine"):
         products = run.exact_scores(query_gradients(run.attributed, measurements).gradients, progress=progress)
         return products / _norms(run) if method == "gradient-cosine" else products  # the query's own norm changes no ranking
-    found = solved(run, run.attributed, measurements, refine if method == "refined" else None, progress)
+    found = solved(run, run.attributed, measurements, refine if method == "refined" else None, progress, rows=method == "index")
     return _through_the_index(run, found) if method == "index" else run.exact_scores(found.vectors, progress=progress)
 
 
 def _through_the_index(run: Run, found: Solved) -> NDArray[np.float64]:
-    rows = query_rows(found.rotated, run.features, run.signs)
+    rows = found.rows
+    assert rows is not None
     scores = row_scores(rows, run.rows, np.arange(len(run.store))).astype(np.float64)
     for sign in (1.0, -1.0):
         count = num_candidates(run, QueryOptions(), sign < 0)

@@ -25,9 +25,9 @@ class Stopped(Exception):
     """Raised out of work that nobody wants any more."""
 
 
-def kind_of(run: str, body: QueryBody) -> str:
-    """Equal for queries that one gradient pass and one search can answer."""
-    return digest([run, body.model_dump(exclude=QUESTION)])
+def kind_of(run: str, indexes: Sequence[str], body: QueryBody) -> str:
+    """Equal for queries that one gradient pass and one search can answer: of the same run and options, asked of indexes with these fingerprints."""
+    return digest([run, *indexes, body.model_dump(exclude=QUESTION)])
 
 
 def question_of(states: Sequence[str], body: QueryBody) -> str:

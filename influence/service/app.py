@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
@@ -45,7 +46,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     tokens = Tokens(settings.tokens_file) if settings.tokens_file is not None else None
     metrics = Metrics()
     catalog = Catalog(settings)
-    store = QueryStore(settings.state_dir, settings.limits.kept)
+    store = QueryStore(settings.state_dir, settings.limits)
     service = Service(
         settings=settings, catalog=catalog, store=store, metrics=metrics, engine=Engine(catalog, store, metrics, settings.limits)
     )
@@ -54,8 +55,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.engine.start(list(settings.runs))
         yield
-        service.engine.stop(STOP_SECONDS)
-        store.close()
+        if await run_in_threadpool(service.engine.stop, STOP_SECONDS):
+            store.close()  # otherwise the work under way still uses it; the end of the process closes it
 
     app = FastAPI(
         title="influence",
@@ -85,10 +86,11 @@ async def _service_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    status, headers, methods = error.status_code, dict(error.headers or {}), _methods(request.app, request.url.path)
+    path = request.scope["path"]
+    status, headers, methods = error.status_code, dict(error.headers or {}), _methods(request.app, path)
     if status == 405 and methods:
         headers["Allow"] = ", ".join(sorted(methods))
-    elif status == 405 and request.url.path.startswith("/v1"):
+    elif status == 405 and path.startswith("/v1"):
         status = 404  # it was the page, which has no such file, that refused the method
     said = ServiceError(status, CODES.get(status, "refused"), str(error.detail))
     return JSONResponse(said.to_json(), status, headers)

@@ -6,10 +6,12 @@ Only the engine's thread loads and releases. Other threads read what needs no mo
 import gc
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ log = logging.getLogger("influence.service")
 SKETCH_BYTES_PER_ROW = 776
 LONGEST_EXAMPLE = 60
 """Characters of an example's completion."""
+DRAWN_PER_EXAMPLE = 20
+"""Training sequences that are looked at for one example: some were removed, or have no word to be cut at."""
 
 
 @dataclass(kw_only=True)
@@ -40,7 +44,10 @@ class OpenedRun:
     run: Run
     version: Any  # of run.json when it was opened
     loaded: bool = False
-    in_use: float = 0.0  # a counter of uses: the least is released first
+    checked: bool = False  # whether every file that a query needs has its checksum
+    verified: set[tuple[Path, str]] = field(default_factory=set)  # (directory of a unit, its fingerprint) of those that had
+    num_bytes: int = 0  # what it keeps in memory once it is loaded
+    last_use: int = 0  # a counter of uses: the least is released first
     names: dict[str, str] = field(default_factory=dict)  # what to write for each path of this machine
 
     @cached_property
@@ -65,6 +72,7 @@ class Catalog:
         self._opened: dict[str, OpenedRun] = {}
         self._lock = threading.Lock()
         self._uses = 0
+        self._in_use: Counter[str] = Counter()  # how often each run is in use at this moment: work that stands aside uses its own too
 
     def names(self) -> list[str]:
         """The names of all runs that are served, in order."""
@@ -96,11 +104,14 @@ class Catalog:
         with self._lock:
             there = self._opened.get(name)
             with reading(name, {str(path): name}):
-                version = _version(path)
-                if there is None or there.version != version:
-                    there = self._opened[name] = _open(name, Run(path, memory_budget=self._settings.memory_budget), version)
+                changed = _changed(path)
+                if there is None or there.version != changed:
+                    there = self._opened[name] = _open(name, Run(path, memory_budget=self._settings.memory_budget), changed)
                 elif not there.run.is_current:
-                    there = self._opened[name] = _open(name, there.run.opened_again(), version, loaded=there.loaded)
+                    fresh = _open(name, there.run.opened_again(), changed)
+                    fresh.loaded, fresh.num_bytes, fresh.last_use = there.loaded, there.num_bytes, there.last_use
+                    fresh.verified = there.verified
+                    there = self._opened[name] = fresh
                     log.info("run opened again", extra={"run": name})
             return there
 
@@ -111,27 +122,60 @@ class Catalog:
         """
         opened = self.opened(name)
         self._uses += 1
-        opened.in_use = self._uses
-        if not opened.loaded:
+        opened.last_use = self._uses
+        if not opened.checked:
             with reading(name, opened.names):
-                _load(opened.run)
-            opened.loaded = True
-            log.info("run loaded", extra={"run": name, "bytes": resident_bytes(opened.run)})
-            self._release(but=name)
+                _load(opened.run, opened.verified)
+                opened.num_bytes = resident_bytes(opened.run)
+            log.info("run loaded", extra={"run": name, "bytes": opened.num_bytes})
+            opened.loaded = opened.checked = True
+            self._release()
         return opened
 
-    def _release(self, but: str) -> None:
-        """Releases the least recently used runs until the rest fits."""
+    @contextmanager
+    def using(self, names: Sequence[str]) -> Iterator[dict[str, OpenedRun]]:
+        """The runs of these names, loaded, none of which is released within. For the engine's thread only.
+
+        Raises what `loaded` raises, and 422 when they do not fit into memory together. Beside work that stands aside one more may be loaded
+        than fits, until that work is done.
+        """
+        self._in_use.update(names)
+        try:
+            yield self._loaded_together(names)
+        finally:
+            self._in_use.subtract(names)
+            self._release()
+
+    def _loaded_together(self, names: Sequence[str]) -> dict[str, OpenedRun]:
+        opened: dict[str, OpenedRun] = {}
+        needed = 0
+        for place, name in enumerate(names):
+            opened[name] = self.loaded(name)
+            needed += opened[name].num_bytes
+            if place and needed > self._settings.memory_budget:
+                raise ServiceError(
+                    422,
+                    "refused",
+                    f"also: {place + 1} of the {len(names)} runs need {needed / 2**30:.2f} GiB of memory together, and this service has "
+                    f"{self._settings.memory_budget / 2**30:.2f} GiB for runs: average fewer",
+                )
+        return opened
+
+    def _release(self) -> None:
+        """Releases the least recently used runs until the rest fits; never the last used one, nor one in use."""
         with self._lock:
-            loaded = sorted((one for one in self._opened.values() if one.loaded), key=lambda one: one.in_use)
-            total = sum(resident_bytes(one.run) for one in loaded)
-            for one in loaded:
-                if total <= self._settings.memory_budget or one.name == but:
-                    continue
-                total -= resident_bytes(one.run)
-                del self._opened[one.name]
-                log.info("run released", extra={"run": one.name})
-        gc.collect()
+            loaded = sorted((one for one in self._opened.values() if one.loaded), key=lambda one: one.last_use)
+            total = sum(one.num_bytes for one in loaded)
+            released = []
+            for one in loaded[:-1]:
+                if total > self._settings.memory_budget and not self._in_use[one.name]:
+                    total -= one.num_bytes
+                    del self._opened[one.name]
+                    released.append(one.name)
+        for name in released:
+            log.info("run released", extra={"run": name})
+        if released:
+            gc.collect()
 
     def is_loaded(self, name: str) -> bool:
         there = self._opened.get(name)
@@ -141,10 +185,33 @@ class Catalog:
     def num_loaded(self) -> int:
         return sum(one.loaded for one in list(self._opened.values()))
 
-    def state_of_index(self, name: str) -> str:
-        """Changes whenever an answer of the run could."""
-        run = self.opened(name).run
-        return digest([run.fingerprints["rows"], run.directory.living.to_json()])
+    def state_of_index(self, name: str, *, refine: bool) -> str:
+        """Changes whenever an answer of the run could; a refined one depends on the state of the optimizer too."""
+        opened = self.opened(name)
+        with reading(name, opened.names):
+            run = opened.run
+            optimizer = run.optimizer_digest if refine else None
+            return digest([version("influence"), run.fingerprints["rows"], run.directory.living.to_json(), optimizer])
+
+    def indexes(self, names: Sequence[str]) -> list[str]:
+        """The fingerprint of each run's index, which only making it anew changes."""
+        return [self.opened(name).run.fingerprints["rows"] for name in names]
+
+    def erased(self, name: str) -> frozenset[str]:
+        """Ids of the sequences that are erased from the run's files; nothing else is read of a run without any, nor of one that is not served.
+
+        Raises 409 when they cannot be told.
+        """
+        if name not in self:
+            return frozenset()
+        path = self.path(name)
+        with reading(name, {str(path): name}):
+            numbers = RunDirectory(path).living.erased
+        if not numbers:
+            return frozenset()
+        opened = self.opened(name)
+        with reading(name, opened.names):
+            return frozenset(opened.run.store.ids[number] for number in numbers)
 
 
 @contextmanager
@@ -161,22 +228,25 @@ def reading(run: str, names: Mapping[str, str]) -> Iterator[None]:
         ) from None
 
 
-def _version(path: Path) -> tuple[int, int, int]:
+def _changed(path: Path) -> tuple[int, int, int]:
+    """Differs once run.json was written anew."""
     facts = RunDirectory(path).description_path.stat() if RunDirectory(path).description_path.exists() else None
     return (facts.st_mtime_ns, facts.st_size, facts.st_ino) if facts else (0, 0, 0)
 
 
-def _open(name: str, run: Run, version: Any, loaded: bool = False) -> OpenedRun:
+def _open(name: str, run: Run, changed: Any) -> OpenedRun:
     path = str(run.directory)
     names = {path: name, str(run.model_config.name): f"the model of {name}"}
-    return OpenedRun(name=name, run=run, version=version, names=names, loaded=loaded)
+    return OpenedRun(name=name, run=run, version=changed, names=names)
 
 
-def _load(run: Run) -> None:
-    """Reads what queries need, after every file of it was checked against its checksum."""
+def _load(run: Run, verified: set[tuple[Path, str]]) -> None:
+    """Reads what queries need, after every file of it that was not `verified` before was checked against its checksum."""
     for stage, unit, fingerprint in _used_units(run):
-        run.path_of(stage, unit, fingerprint)
-        run.directory.verify(stage, unit)
+        key = (run.path_of(stage, unit, fingerprint), fingerprint)
+        if key not in verified:
+            run.directory.verify(stage, unit)
+            verified.add(key)
     for part in ("attributed", "factors", "signs", "index", "self_influence", "fidelity", "lexical"):
         getattr(run, part)
     _ = run.store.ids
@@ -241,9 +311,12 @@ def layer_report(run: Run) -> dict[str, Any]:
 
 
 def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:
-    """Halves of training sequences, cut at a word, as prompt and completion; which ones depends on `seed` and their ids alone."""
-    found, live = [], run.live
-    for number in run.hash_order(seed):
+    """Halves of training sequences, cut at a word, as prompt and completion; which ones depends on `seed` and their number alone.
+
+    Of a small draw, so that nothing of the size of the run is made or kept for a seed; sequences that cannot be cut leave fewer than `count`.
+    """
+    found, live, total = [], run.live, len(run.training)
+    for number in np.random.default_rng(seed).choice(total, min(total, DRAWN_PER_EXAMPLE * count), replace=False):
         text = run.training[int(number)].text if live[number] else ""
         cut = text.find(" ", len(text) // 2)
         if text[:cut].strip() and 0 < cut < len(text) - 1:

@@ -1,7 +1,8 @@
 """The one thread that works with models: it answers quick queries in batches and, when there are none, works off the queue of accepted ones.
 
-A model is never used by two threads. Long work steps aside for quick queries whenever it reports progress, between its shards or steps. Before
-every batch of sequences it is asked whether anybody still wants the result.
+A model is never used by two threads. Long work steps aside for one batch of quick queries whenever it reports progress, between its shards or
+steps, and the queue is looked at after every batch, so that neither kind can keep the other from its turn. Before every batch of sequences it is
+asked whether anybody still wants the result.
 """
 
 import json
@@ -10,16 +11,18 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
-from influence.answering import ignore
+from pydantic import ValidationError
+
+from influence.answering import OptionsRefused, ignore
 from influence.errors import RequestError
-from influence.service.answers import Stopped, answers, measure
+from influence.service.answers import Stopped, answers, kind_of, measure
 from influence.service.bodies import QueryBody
-from influence.service.catalog import Catalog
+from influence.service.catalog import Catalog, OpenedRun
 from influence.service.errors import ServiceError, busy, refused
 from influence.service.metrics import Metrics
 from influence.service.settings import Limits
@@ -34,9 +37,12 @@ MOST_PATIENCE_SECONDS = 0.1
 POLL_SECONDS = 0.5
 """How often the queue is looked at: for queries of other processes, and for cancellations while work goes on."""
 
-Outcome = dict[str, Any] | ServiceError
+LOAD_AGAIN_SECONDS = 30.0
+"""How often a run that is to be loaded at start and could not be is tried again."""
+
 Answer = tuple[str, str]
 """(id under which it is kept, JSON of the result object)."""
+Outcome = Answer | ServiceError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,8 @@ class Engine:
         self._worker = new_id()
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()
-        self._to_load: deque[str] = deque()
+        self._to_load: list[str] = []  # named at start and not loaded yet, or not loadable
+        self._load_again = 0.0
         self._loading = True
         self._draining = False  # no accepted query is begun, and the one at work is handed back
         self._stopped = False
@@ -75,8 +82,8 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether everything that is loaded at start is loaded, and new work is taken."""
-        return not (self._loading or self._draining)
+        """Whether everything that is loaded at start is loaded, as far as memory allows, and new work is taken."""
+        return not (self._loading or self._to_load or self._draining)
 
     @property
     def draining(self) -> bool:
@@ -101,16 +108,24 @@ class Engine:
 
     def drain(self) -> None:
         """Hands back the accepted query at work and begins no other; quick queries that wait are still answered."""
-        self._draining = True
-        self.wake()
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
 
-    def stop(self, timeout_seconds: float) -> None:
-        """Ends the work. What was accepted and not finished is queued for the next process."""
+    def stop(self, timeout_seconds: float) -> bool:
+        """Ends the work, and says whether it ended in time. What was accepted and not finished is queued for the next process."""
+        deadline = time.monotonic() + timeout_seconds
         self.drain()
+        try:
+            self._store.hand_back(self._worker)  # before the work has ended: whoever stops the process may not wait for that
+        except sqlite3.Error:
+            log.exception("accepted queries could not be handed back: the next process takes them when their lease ends")
         self._stopped = True
         self.wake()
         for thread in self._threads:
-            thread.join(timeout_seconds)
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     @property
     def num_waiting(self) -> int:
@@ -119,26 +134,40 @@ class Engine:
     # the thread
 
     def _work(self) -> None:
-        while self._to_load:
-            name, before = self._to_load.popleft(), self._catalog.num_loaded
-            try:
-                self._catalog.loaded(name)
-                if self._catalog.num_loaded <= before:  # another had to go for it: memory holds no more
-                    self._to_load.clear()
-            except ServiceError as error:
-                log.error("run cannot be served", extra={"run": name, "error": error.message})
-            except Exception:
-                log.exception("run cannot be loaded", extra={"run": name})
+        self._load()
         self._loading = False
         while not (self._stopped and not self._waiting):
             try:
-                if not self._answer_waiting() and not self._work_off_queue():
+                if self._to_load and time.monotonic() >= self._load_again:
+                    self._load()
+                answered = self._answer_waiting()
+                worked = self._work_off_queue()
+                if not answered and not worked:
                     with self._changed:
                         self._changed.wait_for(lambda: bool(self._waiting) or self._stopped, POLL_SECONDS)
             except Exception:
                 log.exception("the engine goes on after an error")
                 time.sleep(POLL_SECONDS)
         self._store.hand_back(self._worker)
+
+    def _load(self) -> None:
+        """Loads the runs that are named at start, as many as memory holds; those that cannot be loaded stay to be loaded."""
+        failed = []
+        for name in self._to_load:
+            before = self._catalog.num_loaded
+            try:
+                if self._catalog.is_loaded(name):
+                    continue
+                self._catalog.loaded(name)
+                if self._catalog.num_loaded <= before:  # another had to go for it: memory holds no more
+                    break
+            except ServiceError as error:
+                failed.append(name)
+                log.error("run cannot be served: not ready until it can be", extra={"run": name, "error": error.message})
+            except Exception:
+                failed.append(name)
+                log.exception("run cannot be loaded: not ready until it can be", extra={"run": name})
+        self._to_load, self._load_again = failed, time.monotonic() + LOAD_AGAIN_SECONDS
 
     def _renew(self) -> None:
         while self._threads[0].is_alive():
@@ -155,7 +184,14 @@ class Engine:
         batch = self._next_batch()
         if not batch:
             return False
-        first = batch[0]
+        try:
+            self._answer(batch)
+        finally:
+            for ticket in batch:  # nobody waits for an answer that does not come
+                _settle(ticket.future, _failed())
+        return True
+
+    def _answer(self, batch: Sequence[Ticket]) -> None:
         start = time.monotonic()
         for ticket in batch:
             self._metrics.stage_seconds.labels("wait").observe(start - ticket.since)
@@ -164,17 +200,15 @@ class Engine:
             if all(ticket.future.cancelled() for ticket in batch):
                 raise Stopped
 
-        outcomes = self._outcomes(first.question.run, [ticket.body for ticket in batch], ignore, check)
-        answered = [(name := new_id(), _text(name, one)) if isinstance(one, dict) else one for one in outcomes]
+        outcomes = self._outcomes(batch[0].question.run, [(new_id(), ticket.body) for ticket in batch], ignore, check)
         try:
-            self._store.keep([(*one, ticket.question) for ticket, one in zip(batch, answered, strict=True) if isinstance(one, tuple)])
+            self._store.keep([(*one, ticket.question) for ticket, one in zip(batch, outcomes, strict=True) if isinstance(one, tuple)])
         except sqlite3.Error:
             log.exception("answers are given but could not be kept")
-        for ticket, one in zip(batch, answered, strict=True):
-            self._metrics.queries.labels("done" if isinstance(one, tuple) else one.code).inc()
+        for ticket, one in zip(batch, outcomes, strict=True):
             _settle(ticket.future, one)
+            self._metrics.queries.labels("done" if isinstance(one, tuple) else one.code).inc()
         self._last_seconds = time.monotonic() - start
-        return True
 
     def _next_batch(self) -> list[Ticket]:
         """The query that waits longest and others of its kind, after a short wait for more of them."""
@@ -195,35 +229,55 @@ class Engine:
         """Works on the next accepted queries of one kind; whether there were any."""
         if self._draining:
             return False
-        queries = self._store.claim(self._worker, self._limits.batch)
+        queries = self._store.claim(self._worker, self._limits.batch, self._catalog.names())
         if not queries:
             return False
         try:
             self._work_on(queries)
         except Exception:
-            self._store.hand_back(self._worker)
+            self._store.try_again(self._worker)
             raise
         return True
 
     def _work_on(self, queries: Sequence[Query]) -> None:
         watch = _Watch(self, time.monotonic() + self._limits.job_seconds)
-        bodies = [QueryBody.model_validate(query.body) for query in queries]
-        outcomes = self._outcomes(queries[0].run, bodies, watch.progress, watch.check)
-        if self._draining and any(isinstance(outcome, ServiceError) and outcome.code == "stopped" for outcome in outcomes):
-            self._store.hand_back(self._worker)
+        asked = []
+        for query in queries:
+            try:
+                body = QueryBody.model_validate(query.body)
+                self._check_same_indexes(query, body)
+                asked.append((query, body))
+            except ServiceError as error:
+                self._end(query, error, watch)
+            except ValidationError as error:
+                message = f"the query cannot be read ({error.error_count()} faults): another version of the service accepted it; ask again"
+                self._end(query, ServiceError(422, "invalid", message), watch)
+        if not asked:
             return
-        for query, outcome in zip(queries, outcomes, strict=True):
-            self._end(query, outcome, watch)
+        outcomes = self._outcomes(queries[0].run, [(query.id, body) for query, body in asked], watch.progress, watch.check)
+        for (query, _), outcome in zip(asked, outcomes, strict=True):
+            stopped = isinstance(outcome, ServiceError) and outcome.code == "stopped"
+            if not (stopped and self._draining):
+                self._end(query, outcome, watch)
+        if self._draining:
+            self._store.hand_back(self._worker)
+
+    def _check_same_indexes(self, query: Query, body: QueryBody) -> None:
+        """Raises 409 when a run was made anew since the query was accepted: it was asked of another index."""
+        if kind_of(query.run, self._catalog.indexes([query.run, *body.also]), body) != query.kind:
+            raise ServiceError(
+                409, "stale", f"the run {query.run}, or one of `also`, was made anew since the query was accepted: ask again"
+            )
 
     def _end(self, query: Query, outcome: Outcome, watch: "_Watch") -> None:
-        if isinstance(outcome, dict):
-            ended = self._store.finish(self._worker, query.id, _text(query.id, outcome))
-        elif watch.timed_out:
+        if isinstance(outcome, tuple):
+            ended = self._store.finish(self._worker, *outcome)
+        elif outcome.code == "stopped" and watch.timed_out:
             message = f"the query took longer than {self._limits.job_seconds:g} seconds and was stopped"
             ended = self._store.fail(self._worker, query.id, "timeout", message)
         else:
             ended = self._store.fail(self._worker, query.id, outcome.code, outcome.message)
-        how = "done" if isinstance(outcome, dict) else "failed"
+        how = "done" if isinstance(outcome, tuple) else "failed"
         if ended:
             log.info("query ended", extra={"query": query.id, "outcome": how})
         self._metrics.queries.labels(how if ended else "cancelled").inc()
@@ -231,33 +285,46 @@ class Engine:
     # both
 
     def _outcomes(
-        self, run: str, bodies: Sequence[QueryBody], progress: Callable[[int, int], None], check: Callable[[], None]
+        self, run: str, asked: Sequence[tuple[str, QueryBody]], progress: Callable[[int, int], None], check: Callable[[], None]
     ) -> list[Outcome]:
-        """A result object or an error for each query; all are of one kind."""
+        """The answer to each query, under its id, or an error; all are of one kind."""
         start = time.monotonic()
-        self._metrics.batch_size.observe(len(bodies))
+        self._metrics.batch_size.observe(len(asked))
         try:
-            found = self._answered(run, bodies, progress, check)
+            check()
+            results = self._answered(run, [body for _, body in asked], progress, check)
+            found = [_text(name, result) for (name, _), result in zip(asked, results, strict=True)]
         except ServiceError as error:
-            found = [error] * len(bodies)
+            found = [error] * len(asked)
         except Stopped:
-            found = [ServiceError(503, "stopped", "the query was stopped")] * len(bodies)
+            found = [ServiceError(503, "stopped", "the query was stopped")] * len(asked)
         except Exception:
-            if len(bodies) > 1:  # the fault of one is not that of the others
-                return [outcome for body in bodies for outcome in self._outcomes(run, [body], progress, check)]
+            if len(asked) > 1:  # the fault of one is not that of the others
+                return [outcome for one in asked for outcome in self._outcomes(run, [one], progress, check)]
             log.exception("a query failed", extra={"run": run})
-            found = [ServiceError(500, "failed", "the query failed; the log of the service says why")]
+            found = [_failed()]
         self._metrics.stage_seconds.labels("whole").observe(time.monotonic() - start)
         return found
 
     def _answered(
         self, run: str, bodies: Sequence[QueryBody], progress: Callable[[int, int], None], check: Callable[[], None], again: bool = True
-    ) -> list[Outcome]:
+    ) -> list[dict[str, Any] | ServiceError]:
         start = time.monotonic()
-        opened = {name: self._catalog.loaded(name) for name in [run, *bodies[0].also]}
-        self._metrics.stage_seconds.labels("load").observe(time.monotonic() - start)
+        with self._catalog.using([run, *bodies[0].also]) as opened:
+            self._metrics.stage_seconds.labels("load").observe(time.monotonic() - start)
+            return self._answered_by(opened, run, bodies, progress, check, again)
+
+    def _answered_by(
+        self,
+        opened: Mapping[str, OpenedRun],
+        run: str,
+        bodies: Sequence[QueryBody],
+        progress: Callable[[int, int], None],
+        check: Callable[[], None],
+        again: bool,
+    ) -> list[dict[str, Any] | ServiceError]:
         names = {path: name for one in opened.values() for path, name in one.names.items()}
-        outcomes: list[Outcome | None] = [None] * len(bodies)
+        outcomes: list[dict[str, Any] | ServiceError | None] = [None] * len(bodies)
         measurements = {}
         for place, body in enumerate(bodies):
             try:
@@ -270,9 +337,9 @@ class Engine:
         except RequestError as error:
             if again and not all(one.run.is_current for one in opened.values()):  # the run changed under the query: ask it as it is now
                 return self._answered(run, bodies, progress, check, again=False)
-            if len(bodies) > 1:
+            if len(measurements) > 1 and not isinstance(error, OptionsRefused):
                 raise
-            return [refused(error, names)]
+            return [outcome or refused(error, names) for outcome in outcomes]
         for place, result in zip(measurements, results, strict=True):
             outcomes[place] = result
         for stage in results[0]["provenance"]["stages"] if results else ():
@@ -282,11 +349,12 @@ class Engine:
     # what long work asks for
 
     def step_aside(self) -> None:
-        """Answers the quick queries that came meanwhile."""
+        """Answers one batch of the quick queries that came meanwhile; the work goes on before the next."""
+        if not self._waiting:
+            return
         self._beside_work = True
         try:
-            while self._waiting and self._answer_waiting():
-                pass
+            self._answer_waiting()
         finally:
             self._beside_work = False
 
@@ -316,6 +384,7 @@ class _Watch:
             self._reported = now
             self._engine.report(done, total)
         self._engine.step_aside()
+        self._deadline += time.monotonic() - now
         self.check()
 
     def check(self) -> None:
@@ -329,12 +398,22 @@ class _Watch:
             raise Stopped
 
 
-def _text(name: str, result: dict[str, Any]) -> str:
+def _text(name: str, result: dict[str, Any] | ServiceError) -> Outcome:
     """The result object's JSON, with the id under which it is kept."""
-    return json.dumps(result | {"id": name}, ensure_ascii=False, allow_nan=False)
+    if isinstance(result, ServiceError):
+        return result
+    try:
+        return name, json.dumps(result | {"id": name}, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        log.exception("a result cannot be written as JSON", extra={"query": name})
+        return _failed()
 
 
-def _settle(future: "Future[Answer]", outcome: Answer | ServiceError) -> None:
+def _failed() -> ServiceError:
+    return ServiceError(500, "failed", "the query failed; the log of the service says why")
+
+
+def _settle(future: "Future[Answer]", outcome: Outcome) -> None:
     try:
         if isinstance(outcome, tuple):
             future.set_result(outcome)

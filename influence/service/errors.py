@@ -5,7 +5,10 @@ from collections.abc import Mapping
 
 from influence.errors import RequestError
 
-_ABSOLUTE = re.compile(r"""(?<![\w./])/(?:[^\s/:;,'"()]+/)+([^\s/:;,'"()]*)""")
+_PART = r"""[^\s/:;,'"()]+"""
+_QUOTED = re.compile(r"""(['"])/(?:(?:(?!\1)[^/])*/)*((?:(?!\1)[^/])+)\1""")
+_ABSOLUTE = re.compile(rf"(?<![\w./])/(?:(?:{_PART}(?: {_PART}){{0,3}})?/)*((?!\.+(?!\S)){_PART})")
+"""Where a word with a slash follows within four words, they may be one path with spaces, and none of it is told but the end."""
 
 
 class ServiceError(Exception):
@@ -46,4 +49,4 @@ def without_paths(message: str, names: Mapping[str, str]) -> str:
     """The message with every known path written as its name, the longest first, and of any other absolute path only its last part."""
     for path in sorted(names, key=len, reverse=True):
         message = message.replace(path, names[path])
-    return " ".join(_ABSOLUTE.sub(r"\1", message).split())
+    return " ".join(_ABSOLUTE.sub(r"\1", _QUOTED.sub(r"\1\2\1", message)).split())

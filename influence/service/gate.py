@@ -5,6 +5,9 @@ line and the metrics. Knows nothing of what the routes do.
 import asyncio
 import logging
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,14 +18,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from influence.service.errors import ServiceError, busy
 from influence.service.metrics import Metrics
-from influence.service.settings import Limits, ServiceSettings
+from influence.service.settings import Limits, ServiceSettings, is_loopback
 from influence.service.store import new_id
 from influence.service.tokens import LOCAL, Tokens, User
 
 log = logging.getLogger("influence.service")
 audit = logging.getLogger("influence.service.audit")
-
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; connect-src 'self'; "
@@ -44,6 +45,7 @@ class Gate:
     def __init__(self, app: ASGIApp, *, settings: ServiceSettings, tokens: Tokens | None, metrics: Metrics) -> None:
         self._app, self._settings, self._tokens, self._metrics = app, settings, tokens, metrics
         self._under_way = 0
+        self._streams: Counter[str] = Counter()  # by user
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,10 +65,12 @@ class Gate:
                 line["bytes"] += len(message.get("body", b""))
             await send(message)
 
-        self._under_way += 1
+        streams = _is_stream(scope)
+        self._under_way += not streams
         try:
             self._admit(scope, line)
-            await self._app(scope, _bounded(receive, self._settings.limits), outward)
+            with self._counted(line["user"]) if streams else nullcontext():
+                await self._app(scope, _bounded(receive, self._settings.limits), outward)
         except ServiceError as error:
             await JSONResponse(error.to_json(), error.status, error.headers)(scope, receive, outward)
         except Exception:
@@ -76,18 +80,22 @@ class Gate:
             said = ServiceError(500, "failed", f"the service failed at this request; its log says why under {line['request']}")
             await JSONResponse(said.to_json(), said.status)(scope, receive, outward)
         finally:
-            self._under_way -= 1
+            self._under_way -= not streams
             self._write_down(scope, line, time.monotonic() - start)
 
     def _admit(self, scope: Scope, line: dict[str, Any]) -> None:
         """Raises ServiceError for a request that goes no further."""
         headers = Headers(scope=scope)
-        if self._settings.loopback and urlsplit(f"//{headers.get('host', '')}").hostname not in LOOPBACK_NAMES:
+        try:
+            hostname = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        except ValueError:
+            raise ServiceError(400, "malformed", "the Host header is no name of a host") from None
+        if self._tokens is None and not is_loopback(hostname):  # with tokens, a proxy may keep the name that it was asked by
             raise ServiceError(403, "forbidden", "this service listens to its own machine: ask for localhost or 127.0.0.1")
         if int(headers.get("content-length") or 0) > self._settings.limits.body_bytes:
             raise ServiceError(413, "too_large", _too_large(self._settings.limits.body_bytes))
         origin = headers.get("origin")
-        if origin is not None and scope["method"] not in ("GET", "HEAD") and urlsplit(origin).netloc != headers.get("host"):
+        if origin is not None and scope["method"] not in ("GET", "HEAD") and not _is_of(origin, headers.get("host")):
             raise ServiceError(403, "forbidden", "a page of another origin may not ask this service")
         needed = "admin" if scope["path"] == "/metrics" else "query" if scope["path"].startswith("/v1") else None
         if needed is None:
@@ -98,6 +106,18 @@ class Gate:
             raise ServiceError(403, "forbidden", f"the token has no scope {needed}")
         if self._under_way > self._settings.limits.requests:
             raise busy(f"{self._settings.limits.requests} requests are under way already", 1)
+
+    @contextmanager
+    def _counted(self, user: str) -> Iterator[None]:
+        """Within it, this user listens to one more event stream. Raises 503 when these are too many; they are left out of the requests under way,
+        which are short."""
+        if self._streams[user] >= self._settings.limits.streams:
+            raise busy(f"{self._settings.limits.streams} event streams of yours are open already", 5)
+        self._streams[user] += 1
+        try:
+            yield
+        finally:
+            self._streams[user] -= 1
 
     def _user(self, headers: Headers) -> User:
         if self._tokens is None:
@@ -118,6 +138,19 @@ class Gate:
     @property
     def under_way(self) -> int:
         return self._under_way
+
+
+def _is_stream(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return path.startswith("/v1/queries/") and path.endswith("/events")
+
+
+def _is_of(origin: str, host: str | None) -> bool:
+    """Whether a page of this origin is the service's own."""
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:
+        return False
 
 
 def _bounded(receive: Receive, limits: Limits) -> Receive:

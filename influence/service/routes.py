@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from influence.errors import RequestError
 from influence.service import answers, bodies
 from influence.service.catalog import Catalog, example_queries, facts_of, layer_report, question_tokens, reading, sequence_facts
 from influence.service.engine import Answer, Engine
-from influence.service.errors import ServiceError, busy, not_found, refused
+from influence.service.errors import ServiceError, not_found, refused
 from influence.service.metrics import Metrics
 from influence.service.settings import ServiceSettings
-from influence.service.store import FINISHED, Query, QueryStore, Question
+from influence.service.store import FINISHED, Query, QueryStore, Question, shown_sequences
 from influence.service.tokens import User
 
 REPORT_POLICY = (
@@ -48,7 +49,8 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "the body is too large",
         422: "the query cannot be answered as it stands",
         429: "too many accepted queries of one user; see Retry-After",
-        503: "too much to do, not ready, or the answer took too long; see Retry-After",
+        503: "too much to do, or not ready; see Retry-After",
+        504: "the answer took too long, and its work was stopped: the same again would take as long",
     }
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{bodies.ErrorBody.__name__}"}}}
     return {status: {"content": content, "description": said[status]} for status in (401, 403, 503, *statuses)}
@@ -73,44 +75,46 @@ class Service:
         runs = [run, *body.also]
         if len(set(runs)) < len(runs):
             raise ServiceError(422, "refused", f"also: each run counts once in an average, not {', '.join(runs)}")
-        states = [self.catalog.state_of_index(name) for name in runs]
+        states = [self.catalog.state_of_index(name, refine=body.refine) for name in runs]
         return Question(
             user=user.name,
             run=run,
             question=answers.question_of([run, *states], body),
-            kind=answers.kind_of(run, body),
+            kind=answers.kind_of(run, self.catalog.indexes(runs), body),
             body=body.model_dump(exclude_defaults=True),
         )
 
-    def accept(self, user: User, question: Question) -> Query:
+    def accept(self, question: Question) -> Query:
         """Queues the query. Raises 429 or 503 when too many are queued already."""
-        limits = self.settings.limits
-        if self.store.num_unfinished(user.name) >= limits.queued_per_user:
-            raise ServiceError(429, "too_many", f"{limits.queued_per_user} of your queries are not finished", retry_seconds=30)
-        if self.store.num_unfinished() >= limits.queued:
-            raise busy(f"{limits.queued} accepted queries are not finished", 60)
         query = self.store.accept(question)
         self.engine.wake()
         return query
 
-    def found(self, name: str) -> Query:
-        """The query of this id. Raises 404; also when it shows what was erased from its run since."""
+    def found(self, user: User, name: str) -> Query:
+        """The query of this id. Raises 404; also when it is another user's, or shows what was erased from its run since."""
         query = self.store.get(name)
-        if query is not None and query.result is not None and query.run in self.catalog:
-            run = self.catalog.opened(query.run).run
-            erased = run.directory.living.erased
-            self.store.forget_erased(query.run, len(erased), lambda: [run.store.ids[number] for number in erased])
-            query = self.store.get(name)
+        if query is not None and query.user != user.name and "admin" not in user.scopes:
+            query = None
+        if query is not None and query.result is not None and self._shows_erased(query.run, query.result):
+            self.store.forget(name)
+            query = None
         if query is None:
-            raise not_found(f"there is no query {name!r}: it was never accepted, or is forgotten")
+            raise not_found(f"there is no query {name!r} of yours: it was never accepted, or is forgotten")
         return query
 
-    def finished(self, name: str) -> tuple[Query, dict[str, Any]]:
+    def finished(self, user: User, name: str) -> tuple[Query, dict[str, Any]]:
         """The query of this id with its result. Raises 404, or 409 when it has none."""
-        query = self.found(name)
+        query = self.found(user, name)
         if query.result is None:
             raise ServiceError(409, "unfinished", f"the query is {query.state}: it has no result")
         return query, json.loads(query.result)
+
+    def _shows_erased(self, run: str, result: str) -> bool:
+        """Whether the result shows a sequence that was erased from its run. All results of before are looked through once; this one always,
+        for an answer that was under way during the erasure may have been written after that."""
+        erased = self.catalog.erased(run)
+        self.store.forget_erased(run, len(erased), lambda: erased)
+        return bool(erased) and not erased.isdisjoint(shown_sequences(json.loads(result)))
 
 
 def router(service: Service) -> APIRouter:
@@ -221,7 +225,7 @@ def router(service: Service) -> APIRouter:
         responses={
             200: {"model": bodies.Result, "description": "the result, which is kept at Location"},
             202: {"model": bodies.QueryState, "description": "accepted: a scan or a refinement, to be followed at Location"},
-            **errors(400, 404, 409, 413, 422, 429),
+            **errors(400, 404, 409, 413, 422, 429, 504),
         },
     )
     async def ask(run: Name, body: bodies.QueryBody, request: Request) -> Response:
@@ -234,7 +238,7 @@ def router(service: Service) -> APIRouter:
         kept = await run_in_threadpool(service.store.answered, user.name, question.question)
         service.metrics.cache.labels("miss" if kept is None else "hit").inc()
         if kept is None and body.takes_long:
-            query = await run_in_threadpool(service.accept, user, question)
+            query = await run_in_threadpool(service.accept, question)
             line["query"] = query.id
             headers = {"Location": f"/v1/queries/{query.id}", "Retry-After": "1"}
             return _json(json.dumps(query.to_json(), ensure_ascii=False), 202, headers)
@@ -252,8 +256,8 @@ def router(service: Service) -> APIRouter:
         response_model=bodies.QueryState,
         responses=errors(404),
     )
-    def query(id: Id) -> Response:
-        return _json(json.dumps(service.found(id).to_json(), ensure_ascii=False), 200)
+    def query(id: Id, request: Request) -> Response:
+        return _json(json.dumps(service.found(request.state.user, id).to_json(), ensure_ascii=False), 200)
 
     @routes.get(
         "/v1/queries",
@@ -268,19 +272,24 @@ def router(service: Service) -> APIRouter:
     @routes.delete(
         "/v1/queries/{id}",
         tags=["queries"],
-        summary="Cancel a query, or forget one that is finished",
+        summary="Cancel a query, or forget it and its result",
         response_model=bodies.QueryState,
-        responses=errors(404),
+        responses=errors(404, 422),
     )
-    def cancel(id: Id, request: Request) -> dict[str, Any]:
-        user: User = request.state.user
-        found = service.found(id)
-        if found.user != user.name and "admin" not in user.scopes:
-            raise ServiceError(403, "forbidden", "the query is another user's")
-        if not service.store.cancel(id):
-            service.store.forget(id)
+    def cancel(
+        id: Id,
+        request: Request,
+        forget: Annotated[
+            bool, QueryParameter(description="remove the query with its result; else one that is finished stays as it is")
+        ] = False,
+    ) -> dict[str, Any]:
+        found = service.found(request.state.user, id)
+        service.store.cancel(id)
         service.engine.wake()
-        return (service.store.get(id) or found).to_json(with_result=False)
+        left = service.store.get(id) or found
+        if forget:
+            service.store.forget(id)
+        return left.to_json(with_result=False)
 
     @routes.get(
         "/v1/queries/{id}/events",
@@ -289,8 +298,8 @@ def router(service: Service) -> APIRouter:
         response_class=StreamingResponse,
         responses={200: {"content": {"text/event-stream": {}}, "description": "events `progress` and, last, `end`"}, **errors(404)},
     )
-    async def events(id: Id) -> StreamingResponse:
-        await run_in_threadpool(service.found, id)
+    async def events(id: Id, request: Request) -> StreamingResponse:
+        await run_in_threadpool(service.found, request.state.user, id)
         return StreamingResponse(_events(service, id), media_type="text/event-stream")
 
     @routes.get(
@@ -300,8 +309,8 @@ def router(service: Service) -> APIRouter:
         response_class=HTMLResponse,
         responses=errors(404, 409, 422),
     )
-    def report(id: Id) -> HTMLResponse:
-        found, result = service.finished(id)
+    def report(id: Id, request: Request) -> HTMLResponse:
+        found, result = service.finished(request.state.user, id)
         created = datetime.fromtimestamp(found.created, UTC).date().isoformat()
         try:
             page = answers.report(result, found.body, found.run, created)
@@ -316,8 +325,8 @@ def router(service: Service) -> APIRouter:
         response_model=bodies.ResultWords,
         responses=errors(404, 409),
     )
-    def words(id: Id) -> dict[str, Any]:
-        return answers.in_words(service.finished(id)[1])
+    def words(id: Id, request: Request) -> dict[str, Any]:
+        return answers.in_words(service.finished(request.state.user, id)[1])
 
     return routes
 
@@ -337,7 +346,9 @@ async def _waited_for(future: "Future[Answer]", request: Request, seconds: float
             return name, text
         if gone.done():
             raise ServiceError(503, "gone", "the client went away")
-        raise ServiceError(503, "timeout", f"the answer took longer than {seconds:g} seconds", retry_seconds=5)
+        raise ServiceError(
+            504, "timeout", f"the answer took longer than {seconds:g} seconds and its work was stopped: ask for fewer candidates or layers"
+        )
     finally:
         gone.cancel()
         answer.cancel()
@@ -349,8 +360,8 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _events(service: Service, name: str) -> AsyncIterator[str]:
-    """The state of a query whenever it changes."""
-    before, silent = None, 0.0
+    """The state of a query whenever it changes, for a while."""
+    before, silent, deadline = None, 0.0, time.monotonic() + service.settings.limits.stream_seconds
     while True:
         query = await run_in_threadpool(service.store.get, name)
         ended = query is None or query.state in FINISHED
@@ -361,7 +372,7 @@ async def _events(service: Service, name: str) -> AsyncIterator[str]:
         elif silent >= SILENCE_SECONDS:
             yield ": still there\n\n"
             silent = 0.0
-        if ended or service.engine.draining:
+        if ended or service.engine.draining or time.monotonic() >= deadline:
             return
         await asyncio.sleep(EVENT_SECONDS)
         silent += EVENT_SECONDS

@@ -1,6 +1,5 @@
 """The application in a process of its own: uvicorn, with a stop that lets requests under way finish and hands accepted work back to the queue."""
 
-import ipaddress
 import signal
 import socket
 from collections.abc import Callable
@@ -24,14 +23,6 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_exit()
         super().handle_exit(sig, frame)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def serve(settings: ServiceSettings, host: str, port: int, listening: Callable[[str], None]) -> None:

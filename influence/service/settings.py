@@ -1,5 +1,6 @@
 """What a service serves, where it keeps its state, and what it allows."""
 
+import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,11 +26,13 @@ class Limits:
     refine_sequences: int = 100_000
     request_seconds: float = 60.0  # after which a request that waits for its answer gives up, and its work stops
     job_seconds: float = 3_600.0  # after which an accepted query is stopped
-    requests: int = 256  # under way at once
+    requests: int = 256  # under way at once, event streams aside
+    streams: int = 16  # event streams of one user at once
+    stream_seconds: float = 600.0  # after which an event stream ends; whoever listens asks again
     waiting: int = 64  # quick queries that wait for their answers
     queued: int = 200  # accepted queries that are not finished
     queued_per_user: int = 50
-    kept: int = 10_000  # finished queries whose results are kept; the oldest are forgotten
+    kept: int = 10_000  # finished queries of one user whose results are kept; the oldest are forgotten
     batch: int = 32  # queries answered together
     batch_seconds: float = 0.01  # how long a batch waits for one more query, and 2% of what the last one took, up to 0.1
 
@@ -46,6 +49,14 @@ class ServiceSettings:
     log_queries: bool = False  # whether the audit log holds what was asked
     memory_budget: int = 16 * 2**30  # for models, factors and sketches of loaded runs
     limits: Limits = field(default_factory=Limits)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def named_runs(paths: Sequence[Path]) -> dict[str, Path]:

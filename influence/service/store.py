@@ -4,7 +4,8 @@
        ↖________/  ↘ cancelled          (a query that was handed back, or whose worker died, is queued again)
 
 A worker holds the queries it works on by a lease that it renews; a worker that was killed stops renewing, and the next one takes over. Only the
-holder can finish a query, so each ends once, whatever happens. Several processes of one machine may share the file.
+holder can finish a query, so each ends once, whatever happens. Several processes of one machine may share the file; each takes only the queries of
+runs that it serves.
 """
 
 import json
@@ -19,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from influence.errors import RequestError
+from influence.service.errors import ServiceError, busy
+from influence.service.settings import Limits
 
-VERSION = 1
+VERSION = 2
 LEASE_SECONDS = 10.0
 MOST_ATTEMPTS = 3
-"""How many workers may die over a query before it is taken for the cause."""
+"""How many workers may die or fail over a query before it is taken for the cause."""
+KEPT_SECONDS = 86_400.0
+"""How long the result of an accepted query is kept at least, however many others its user asks."""
 
 FINISHED = ("done", "failed", "cancelled")
 
@@ -49,6 +54,7 @@ CREATE TABLE queries (
 ) STRICT;
 CREATE INDEX by_state ON queries (state, created);
 CREATE INDEX by_question ON queries (user, question);
+CREATE INDEX by_finished ON queries (user, finished, id);
 CREATE TABLE erasures (run TEXT PRIMARY KEY, num_erased INTEGER NOT NULL) STRICT;  -- for how many results were looked through
 """
 
@@ -100,11 +106,14 @@ class Question:
 class QueryStore:
     """The queries of a service. Every method is one transaction; safe to call from several threads and processes."""
 
-    def __init__(self, directory: Path, kept: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        directory.chmod(0o700)  # queries and training text are nobody else's business
+    def __init__(self, directory: Path, limits: Limits) -> None:
         path = directory / "queries.sqlite3"
-        self._kept = kept
+        try:  # queries and training text are nobody else's business; a directory that was there keeps its permissions
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+        except OSError as error:
+            raise RequestError(f"{path} cannot be made ({error.strerror}): take another --state-dir") from None
+        self._limits = limits
         self._lock = threading.Lock()
         try:
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
@@ -143,13 +152,20 @@ class QueryStore:
     # for those who ask
 
     def accept(self, question: Question) -> Query:
-        """Queues a query; when the same user's same question waits already, that one is returned."""
+        """Queues a query; when the same user's same question waits already, that one is returned. Raises 429 or 503 when too many wait."""
         with self._transaction() as connection:
             there = connection.execute(
                 f"SELECT {_COLUMNS} FROM queries WHERE user = ? AND question = ? AND state IN ('queued', 'running')",
                 (question.user, question.question),
             ).fetchone()
-            return _query(there) if there else _insert(connection, question, new_id(), "queued", None)
+            if there:
+                return _query(there)
+            limits, unfinished = self._limits, "SELECT count(*) FROM queries WHERE state IN ('queued', 'running')"
+            if connection.execute(f"{unfinished} AND user = ?", (question.user,)).fetchone()[0] >= limits.queued_per_user:
+                raise ServiceError(429, "too_many", f"{limits.queued_per_user} of your queries are not finished", retry_seconds=30)
+            if connection.execute(unfinished).fetchone()[0] >= limits.queued:
+                raise busy(f"{limits.queued} accepted queries are not finished", 60)
+            return _insert(connection, question, new_id(), "queued", None)
 
     def get(self, name: str) -> Query | None:
         rows = self._rows(f"SELECT {_COLUMNS} FROM queries WHERE id = ?", name)
@@ -172,7 +188,8 @@ class QueryStore:
         with self._transaction() as connection:
             for name, result, question in answers:
                 _insert(connection, question, name, "done", result)
-            self._forget_oldest(connection)
+            for user in {question.user for _, _, question in answers}:
+                self._forget_oldest(connection, user)
 
     def cancel(self, name: str) -> bool:
         """Whether the query was unfinished, which it is no more."""
@@ -201,35 +218,42 @@ class QueryStore:
             connection.executemany("DELETE FROM queries WHERE id = ?", names)
             connection.execute("INSERT OR REPLACE INTO erasures VALUES (?, ?)", (run, num_erased))
 
-    def num_unfinished(self, user: str | None = None) -> int:
-        """Accepted queries that are not finished, of one user or of all."""
-        sql = "SELECT count(*) FROM queries WHERE state IN ('queued', 'running')"
-        rows = self._rows(sql) if user is None else self._rows(f"{sql} AND user = ?", user)
-        return int(rows[0][0])
+    def num_unfinished(self) -> int:
+        """Accepted queries that are not finished."""
+        return int(self._rows("SELECT count(*) FROM queries WHERE state IN ('queued', 'running')")[0][0])
 
     # for workers
 
-    def claim(self, worker: str, most: int) -> list[Query]:
-        """The oldest query that waits, or whose worker died, and others of its kind, at most so many; they are this worker's now."""
-        now = time.time()
-        waiting = "(state = 'queued' OR (state = 'running' AND lease < ?))"
+    def claim(self, worker: str, most: int, runs: Sequence[str]) -> list[Query]:
+        """The oldest query that waits, or whose worker died, and others of its kind, at most so many; they are this worker's now. Only those that
+        need no other than these runs. One that was tried before comes alone, so that it takes no other with it if it ends its worker again."""
+        now, served = time.time(), json.dumps(runs)
+        waiting = (
+            "(state = 'queued' OR (state = 'running' AND lease < ?)) AND run IN (SELECT value FROM json_each(?)) "
+            "AND NOT EXISTS (SELECT 1 FROM json_each(body, '$.also') WHERE value NOT IN (SELECT value FROM json_each(?)))"
+        )
         with self._transaction() as connection:
             connection.execute(
                 "UPDATE queries SET state = 'failed', code = 'failed', message = ?, finished = ?, worker = NULL "
-                "WHERE state = 'running' AND lease < ? AND attempts >= ?",
-                (f"the service ended {MOST_ATTEMPTS} times while it worked on this query", now, now, MOST_ATTEMPTS),
+                "WHERE (state = 'queued' OR (state = 'running' AND lease < ?)) AND attempts >= ?",
+                (f"the service ended or failed {MOST_ATTEMPTS} times while it worked on this query", now, now, MOST_ATTEMPTS),
             )
-            first = connection.execute(f"SELECT run, kind FROM queries WHERE {waiting} ORDER BY created LIMIT 1", (now,)).fetchone()
+            first = connection.execute(
+                f"SELECT id, run, kind, attempts FROM queries WHERE {waiting} ORDER BY created LIMIT 1", (now, served, served)
+            ).fetchone()
             if first is None:
                 return []
-            names = connection.execute(
-                f"SELECT id FROM queries WHERE {waiting} AND run = ? AND kind = ? ORDER BY created LIMIT ?", (now, *first, most)
-            ).fetchall()
-            for (name,) in names:
-                connection.execute(
-                    "UPDATE queries SET state = 'running', worker = ?, lease = ?, attempts = attempts + 1 WHERE id = ?",
-                    (worker, now + LEASE_SECONDS, name),
-                )
+            name, run, kind, attempts = first
+            names = [(name,)]
+            if attempts == 0:
+                names = connection.execute(
+                    f"SELECT id FROM queries WHERE {waiting} AND run = ? AND kind = ? AND attempts = 0 ORDER BY created LIMIT ?",
+                    (now, served, served, run, kind, most),
+                ).fetchall()
+            connection.executemany(
+                "UPDATE queries SET state = 'running', worker = ?, lease = ?, attempts = attempts + 1 WHERE id = ?",
+                [(worker, now + LEASE_SECONDS, name) for (name,) in names],
+            )
             rows = [connection.execute(f"SELECT {_COLUMNS} FROM queries WHERE id = ?", name).fetchone() for name in names]
         return [_query(row) for row in rows]
 
@@ -263,7 +287,8 @@ class QueryStore:
                 "WHERE id = ? AND worker = ? AND state = 'running'",
                 (state, result, code, message, time.time(), name, worker),
             )
-            self._forget_oldest(connection)
+            if changed.rowcount:
+                self._forget_oldest(connection, connection.execute("SELECT user FROM queries WHERE id = ?", (name,)).fetchone()[0])
             return changed.rowcount == 1
 
     def hand_back(self, worker: str) -> None:
@@ -274,10 +299,17 @@ class QueryStore:
                 (worker,),
             )
 
-    def _forget_oldest(self, connection: sqlite3.Connection) -> None:
+    def try_again(self, worker: str) -> None:
+        """Queues again what this worker holds and failed over, which was an attempt."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE queries SET state = 'queued', worker = NULL WHERE worker = ? AND state = 'running'", (worker,))
+
+    def _forget_oldest(self, connection: sqlite3.Connection, user: str) -> None:
+        """Forgets what this user has more than may be kept; of accepted queries, which were attempted, only those of some age."""
         connection.execute(
-            "DELETE FROM queries WHERE id IN (SELECT id FROM queries WHERE finished IS NOT NULL ORDER BY finished DESC LIMIT -1 OFFSET ?)",
-            (self._kept,),
+            "DELETE FROM queries WHERE (attempts = 0 OR finished < ?) AND id IN "
+            "(SELECT id FROM queries WHERE user = ? AND finished IS NOT NULL ORDER BY finished DESC LIMIT -1 OFFSET ?)",
+            (time.time() - KEPT_SECONDS, user, self._limits.kept),
         )
 
 

@@ -195,12 +195,12 @@ def scores_by_method(run: Run, asked: Sequence[Question]) -> tuple[dict[str, NDA
     """[Q, N] scores of every training sequence by each method, and the completions' log-probabilities [Q]."""
     found = query_gradients(run.attributed, [run.measure(question.prompt, question.completion) for question in asked])
     rotated = {name: run.factors[name].rotate(gradient) for name, gradient in found.gradients.items()}
+    rows = query_rows(rotated, run.features, run.signs)
     with bar("scanning all sequences with EK-FAC") as progress:
         exact = run.exact_scores(solve(rotated, run.factors), progress=progress.advance)
     with bar("scanning all sequences with plain gradients") as progress:
         dots = run.exact_scores(found.gradients, progress=progress.advance)
     norms = np.concatenate([gradient_norms(run.attributed, run.store.shard(shard)) for shard in range(run.store.num_shards)])
-    rows = query_rows(rotated, run.features, run.signs)
     lexical = np.stack([run.lexical.scores(question.prompt + question.completion, len(run.store)) for question in asked])
     scores = {
         "normalized": answered(run, True, rows, exact * run.normalizing_weights),
