@@ -331,7 +331,7 @@ class Engine:
                 outcomes[place] = refused(error, names)
         try:
             runs = {name: one.run for name, one in opened.items()}
-            results = answers(runs, list(measurements.values()), bodies[0], progress, check) if measurements else []
+            results = answers(runs, list(measurements.values()), bodies[0], self._limits, progress, check) if measurements else []
         except RequestError as error:
             if again and not all(one.run.is_current for one in opened.values()):  # the run changed under the query: ask it as it is now
                 return self._answered(run, bodies, progress, check, again=False)
