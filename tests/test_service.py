@@ -566,6 +566,22 @@ def test_a_result_that_was_written_after_an_erasure_it_does_not_know_is_not_show
             assert http.get(f"/v1/queries/{after}{path}").status_code == 404
 
 
+def test_a_scan_that_was_under_way_during_an_erasure_is_answered_without_what_was_erased(
+    own_run: Path, tmp_path: Path, influence: Influence
+) -> None:
+    settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state")
+    (tmp_path / "ids").write_text("doc-00\n")
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
+        with slow_models(0.5) as passes:
+            name = ask(http, "own", exact=True, k=65).json()["id"]
+            until(lambda: passes.count > 1)
+            assert influence("remove", own_run, "--ids", tmp_path / "ids", "--erase").status == 0
+            assert http.get(f"/v1/queries/{name}").json()["state"] == "running"
+        state = finished_query(http, name)
+        assert state["state"] == "done"
+        assert all(not one["id"].startswith("doc-00") for one in state["result"]["results"])
+
+
 def test_a_kept_result_outlives_its_run(own_run: Path, tmp_path: Path) -> None:
     settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state")
     with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:

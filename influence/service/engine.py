@@ -265,7 +265,9 @@ class Engine:
     def _check_same_indexes(self, query: Query, body: QueryBody) -> None:
         """Raises 409 when a run was made anew since the query was accepted: it was asked of another index."""
         if kind_of(query.run, self._catalog.indexes([query.run, *body.also]), body) != query.kind:
-            raise ServiceError(409, "stale", f"the run {query.run}, or one of `also`, was made anew since the query was accepted: ask again")
+            raise ServiceError(
+                409, "stale", f"the run {query.run}, or one of `also`, was made anew since the query was accepted: ask again"
+            )
 
     def _end(self, query: Query, outcome: Outcome, watch: "_Watch") -> None:
         if isinstance(outcome, tuple):
@@ -310,7 +312,11 @@ class Engine:
         start = time.monotonic()
         with self._catalog.using([run, *bodies[0].also]) as opened:
             self._metrics.stage_seconds.labels("load").observe(time.monotonic() - start)
-            return self._answered_by(opened, run, bodies, progress, check, again)
+            erased = [one.run.directory.living.erased for one in opened.values()]
+            found = self._answered_by(opened, run, bodies, progress, check, again)
+            if not again or erased == [one.run.directory.living.erased for one in opened.values()]:
+                return found
+        return self._answered(run, bodies, progress, check, again=False)  # no answer shows what was erased meanwhile
 
     def _answered_by(
         self,
