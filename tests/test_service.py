@@ -437,6 +437,16 @@ def slow_models(seconds: float) -> Iterator[Passes]:
     hook.remove()
 
 
+def test_no_more_candidates_than_allowed_are_reranked_asked_for_or_not(run: Path, tmp_path: Path) -> None:
+    settings = ServiceSettings(runs=named_runs([run]), state_dir=tmp_path / "state", limits=Limits(candidates=3))
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
+        found = ask(http, k=2).json()
+    assert found["provenance"]["candidates"] == 3
+    asked = open_run(run).query(*QUESTION.values(), k=2, candidates=3)
+    assert found["provenance"]["recall_at_10"] == asked.provenance["recall_at_10"]
+    assert open_run(run).query(*QUESTION.values(), k=2).provenance["candidates"] > 3
+
+
 def test_a_request_that_takes_too_long_is_stopped_and_so_is_its_work(run: Path, tmp_path: Path) -> None:
     settings = ServiceSettings(runs=named_runs([run]), state_dir=tmp_path / "state", limits=Limits(request_seconds=0.5))
     with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http, slow_models(0.3) as passes:
@@ -557,6 +567,22 @@ def test_a_result_that_was_written_after_an_erasure_it_does_not_know_is_not_show
             assert http.get(f"/v1/queries/{after}{path}").status_code == 404
 
 
+def test_a_scan_that_was_under_way_during_an_erasure_is_answered_without_what_was_erased(
+    own_run: Path, tmp_path: Path, influence: Influence
+) -> None:
+    settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state")
+    (tmp_path / "ids").write_text("doc-00\n")
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
+        with slow_models(0.5) as passes:
+            name = ask(http, "own", exact=True, k=65).json()["id"]
+            until(lambda: passes.count > 1)
+            assert influence("remove", own_run, "--ids", tmp_path / "ids", "--erase").status == 0
+            assert http.get(f"/v1/queries/{name}").json()["state"] == "running"
+        state = finished_query(http, name)
+        assert state["state"] == "done"
+        assert all(not one["id"].startswith("doc-00") for one in state["result"]["results"])
+
+
 def test_a_kept_result_outlives_its_run(own_run: Path, tmp_path: Path) -> None:
     settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state")
     with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
@@ -580,6 +606,16 @@ def test_what_was_appended_is_checked_against_its_checksums(own_run: Path, tmp_p
         response = ask(http, "own")
         assert (response.status_code, response.json()["error"]["code"]) == (409, "stale")
         assert f"{appended.name}/rows.npy" in response.json()["error"]["message"]
+
+
+def test_a_file_that_is_damaged_while_it_is_served_is_the_runs_fault(own_run: Path, tmp_path: Path) -> None:
+    settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state")
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
+        assert ask(http, "own", where="source = 'diary'").status_code == 200
+        (own_run / "sequences/all/part-00001.parquet").write_bytes(b"no table")
+        response = ask(http, "own", where="source = 'gazetteer'")
+        assert (response.status_code, response.json()["error"]["code"]) == (409, "stale")
+        assert "influence status --verify" in response.json()["error"]["message"]
 
 
 def test_an_accepted_query_is_not_answered_by_another_index_of_the_same_name(own_run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The engine's thread and the queue below it, with work that takes no model: who gets a turn, and that everybody who waits hears of it."""
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from served import until
 
-from influence.service import Limits, ServiceSettings, engine
+from influence.service import Limits, ServiceSettings, create_app, engine
 from influence.service.answers import Stopped, kind_of
 from influence.service.bodies import QueryBody
 from influence.service.catalog import Catalog
@@ -269,3 +270,33 @@ def test_a_stop_hands_work_back_at_once_and_is_no_attempt_even_when_the_work_doe
     until(lambda: service.engine.stop(1))
     assert service.store.held("next") == {name}, "the late worker took nothing from the next one"
     assert service.store._rows("SELECT attempts FROM queries") == [(1,)], "that of the next one"
+
+
+def test_the_end_of_the_application_waits_beside_the_event_loop_and_leaves_the_store_to_work_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(ServiceSettings(runs_dir=tmp_path, state_dir=tmp_path / "state"))
+    engine, store = app.state.service.engine, app.state.service.store
+    stop, ticks = engine.stop, 0
+
+    def slow_stop(timeout_seconds: float) -> bool:
+        time.sleep(1.0)
+        return False
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    async def live() -> None:
+        async with app.router.lifespan_context(app):
+            ticking = asyncio.create_task(tick())
+        ticking.cancel()
+
+    monkeypatch.setattr(engine, "stop", slow_stop)
+    asyncio.run(live())
+    assert ticks > 10
+    assert store.num_unfinished() == 0, "it is open"
+    assert stop(30)
+    store.close()

@@ -5,9 +5,10 @@ Knows runs and measurements; knows nothing of queues, threads or HTTP.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
-from influence.answering import Progress, answer, answer_both_ends
+from influence.answering import Progress, QueryOptions, answer, answer_both_ends, num_candidates
 from influence.errors import RequestError
 from influence.measurement import Measurement
 from influence.report import words
@@ -64,18 +65,32 @@ def measure(run: Run, body: QueryBody, limits: Limits) -> Measurement:
     return measurement
 
 
+def bounded_options(runs: Sequence[Run], body: QueryBody, limits: Limits) -> QueryOptions:
+    """How the query is answered: when it does not say how many candidates, as many as the measured recall asks for, but no more than are allowed."""
+    options = body.options()
+    if options.exact or max(num_candidates(run, options, end) for run in runs for end in (False, True)) <= limits.candidates:
+        return options
+    return replace(options, candidates=limits.candidates)
+
+
 def answers(
-    runs: Mapping[str, Run], measurements: Sequence[Measurement], body: QueryBody, progress: Progress, check: Callable[[], None]
+    runs: Mapping[str, Run],
+    measurements: Sequence[Measurement],
+    body: QueryBody,
+    limits: Limits,
+    progress: Progress,
+    check: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """One result object for each measurement, by the options of `body`. `check` is called before each batch and may raise `Stopped`."""
     opened = list(runs.values())
+    options = bounded_options(opened, body, limits)
     names = {str(run.directory): name for name, run in runs.items()}
     with interruptible(opened, check):
         if body.both_ends:
-            both = answer_both_ends(opened, measurements, body.options(), progress)
+            both = answer_both_ends(opened, measurements, options, progress)
             results = [for_.to_json() | {"opponents": against.to_json()["results"]} for for_, against in both]
         else:
-            results = [result.to_json() for result in answer(opened, measurements, body.options(), progress)]
+            results = [result.to_json() for result in answer(opened, measurements, options, progress)]
     return [_named(result, names) for result in results]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pyarrow import ArrowException
 from safetensors import SafetensorError
 
 from influence import artifacts
@@ -136,12 +137,14 @@ class Catalog:
     def using(self, names: Sequence[str]) -> Iterator[dict[str, OpenedRun]]:
         """The runs of these names, loaded, none of which is released within. For the engine's thread only.
 
-        Raises what `loaded` raises, and 422 when they do not fit into memory together. Beside work that stands aside one more may be loaded
-        than fits, until that work is done.
+        Raises what `loaded` raises, 409 when a file turns out damaged within, and 422 when the runs do not fit into memory together. Beside work
+        that stands aside one more may be loaded than fits, until that work is done.
         """
         self._in_use.update(names)
         try:
             yield self._loaded_together(names)
+        except (OSError, ArrowException, SafetensorError) as error:  # of files that are read when they are needed
+            raise _damaged(", ".join(names), error) from None
         finally:
             self._in_use.subtract(names)
             self._release()
@@ -222,10 +225,14 @@ def reading(run: str, names: Mapping[str, str]) -> Iterator[None]:
     except RequestError as error:
         raise stale(error, names) from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        log.exception("run is damaged", extra={"run": run})
-        raise ServiceError(
-            409, "stale", f"a file of the run {run} is damaged ({type(error).__name__}): `influence status --verify` says which"
-        ) from None
+        raise _damaged(run, error) from None
+
+
+def _damaged(run: str, error: Exception) -> ServiceError:
+    log.error("run is damaged", exc_info=error, extra={"run": run})
+    return ServiceError(
+        409, "stale", f"a file of the run {run} is damaged ({type(error).__name__}): `influence status --verify` says which"
+    )
 
 
 def _changed(path: Path) -> tuple[int, int, int]:

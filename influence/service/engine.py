@@ -312,7 +312,11 @@ class Engine:
         start = time.monotonic()
         with self._catalog.using([run, *bodies[0].also]) as opened:
             self._metrics.stage_seconds.labels("load").observe(time.monotonic() - start)
-            return self._answered_by(opened, run, bodies, progress, check, again)
+            erased = [one.run.directory.living.erased for one in opened.values()]
+            found = self._answered_by(opened, run, bodies, progress, check, again)
+            if not again or erased == [one.run.directory.living.erased for one in opened.values()]:
+                return found
+        return self._answered(run, bodies, progress, check, again=False)  # no answer shows what was erased meanwhile
 
     def _answered_by(
         self,
@@ -333,7 +337,7 @@ class Engine:
                 outcomes[place] = refused(error, names)
         try:
             runs = {name: one.run for name, one in opened.items()}
-            results = answers(runs, list(measurements.values()), bodies[0], progress, check) if measurements else []
+            results = answers(runs, list(measurements.values()), bodies[0], self._limits, progress, check) if measurements else []
         except RequestError as error:
             if again and not all(one.run.is_current for one in opened.values()):  # the run changed under the query: ask it as it is now
                 return self._answered(run, bodies, progress, check, again=False)
