@@ -2,11 +2,15 @@
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from influence.config import ResourcesConfig
+from influence.errors import RequestError
 from influence.service.app import create_app
 from influence.service.logs import write_json_logs
 from influence.service.settings import ServiceSettings
@@ -36,17 +40,46 @@ def deploy(settings: ServiceSettings, replicas: int, cpus_per_replica: float = 1
     serve.run(deployment.bind(), name=NAME, route_prefix="/")
 
 
+@contextmanager
+def deployed(settings: ServiceSettings, host: str, port: int, replicas: int) -> Iterator[None]:
+    """Within it, the application is served from the Ray that this process is connected to. Where Serve runs already, other applications stay.
+
+    Raises RequestError when it serves elsewhere than at this address, or something else there.
+    """
+    there = _get_global_client(raise_if_no_controller_running=False)
+    if there is not None:
+        _check_room(there.get_serve_details(), host, port)
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        deploy(settings, replicas)
+        yield
+    finally:
+        if there is None:
+            serve.shutdown()
+        else:
+            serve.delete(NAME)
+
+
+def _check_room(details: Mapping[str, Any], host: str, port: int) -> None:
+    listens = details["http_options"]
+    if (listens["host"], listens["port"]) != (host, port):
+        raise RequestError(
+            f"Ray Serve runs on this cluster already and listens on {listens['host']}, port {listens['port']}, not on {host}, port {port}: "
+            f"take its --host and --port, or another cluster"
+        )
+    for name, application in details["applications"].items():
+        if name == NAME or application["route_prefix"] == "/":
+            raise RequestError(f"this cluster serves an application called {name} at / already: stop it, or take another cluster")
+
+
 def serve_on_ray(
     settings: ServiceSettings, host: str, port: int, replicas: int, address: str | None, listening: Callable[[str], None]
 ) -> None:
     """Serves from replicas until SIGTERM or SIGINT; `listening` is called with the address."""
     create_app(settings).state.service.store.close()  # what is wrong with the settings is said here and not in a replica's log
     ended = threading.Event()
-    with ray_connection(ResourcesConfig(address=address, workers=replicas)):
-        serve.start(http_options={"host": host, "port": port})
-        deploy(settings, replicas)
+    with ray_connection(ResourcesConfig(address=address, workers=replicas)), deployed(settings, host, port, replicas):
         listening(f"http://{host}:{port}/")
         for stopping in (signal.SIGTERM, signal.SIGINT):
             signal.signal(stopping, lambda *_: ended.set())
         ended.wait()
-        serve.shutdown()

@@ -48,13 +48,17 @@ def serve(
             print(json.dumps({"url": url, "runs": list(settings.runs)}), flush=True)
         say(f"serving {', '.join(settings.runs) or f'the runs in {runs_dir}'} at {url}")
 
+    if address is not None and not replicas:
+        raise RequestError("--address goes with --replicas")
+    if address is not None and tokens is None:
+        raise RequestError("--address needs --tokens-file: others than this machine can ask what a cluster serves")
+    if replicas and port == 0:
+        raise RequestError("--port 0 is for a service in one process: name the port that the replicas are to be asked at")
     if replicas:
         from jobs.replicas import serve_on_ray
 
         serve_on_ray(settings, host, port, replicas, address, listening)
         return
-    if address is not None:
-        raise RequestError("--address goes with --replicas")
     from influence.service.server import serve as serve_here
 
     serve_here(settings, host, port, listening)

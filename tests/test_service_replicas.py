@@ -12,16 +12,25 @@ from pathlib import Path
 import httpx
 import pytest
 from served import until
+from small_run import Influence
 from test_service import QUESTION, ask, assert_same, finished_query
 
+from influence.config import ResourcesConfig
+from influence.errors import RequestError
 from influence.run import open_run
+from influence.service import ServiceSettings
+from jobs.executors import ray_connection
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 @pytest.mark.slow
 def test_replicas_answer_as_one_and_share_the_queue(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "runs" / "small")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     words = ["serve", str(run), "--replicas", "2", "--port", str(port), "--state-dir", str(tmp_path / "state")]
     log = tmp_path / "log"
     with log.open("wb") as stream:
@@ -43,3 +52,43 @@ def test_replicas_answer_as_one_and_share_the_queue(finished: Path, tmp_path: Pa
     finally:
         process.kill()
         process.wait()
+
+
+def test_what_replicas_cannot_do_is_refused(tmp_path: Path, influence: Influence) -> None:
+    influence("serve", "--runs-dir", tmp_path, "--replicas", 1, "--port", 0).says("name the port")
+    influence("serve", "--runs-dir", tmp_path, "--replicas", 1, "--address", "auto").says("--address needs --tokens-file")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Ray Serve itself
+def test_where_serve_runs_already_other_applications_stay(tmp_path: Path) -> None:
+    from ray import serve
+
+    from jobs.replicas import deployed
+
+    class Other:  # here, so that it is sent by value
+        """Somebody else's application."""
+
+        def __call__(self) -> str:
+            return "still here"
+
+    (tmp_path / "runs").mkdir()
+    settings = ServiceSettings(runs_dir=tmp_path / "runs", state_dir=tmp_path / "state")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with ray_connection(ResourcesConfig(workers=1)):
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(serve.deployment(Other).bind(), name="other", route_prefix="/other")
+        with pytest.raises(RequestError, match="listens on"), deployed(settings, "127.0.0.1", port + 1, 1):
+            pass
+        with deployed(settings, "127.0.0.1", port, 1):
+            until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+            with pytest.raises(RequestError, match="an application called influence"), deployed(settings, "127.0.0.1", port, 1):
+                pass
+            assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+        until(lambda: httpx.get(f"{url}/healthz").status_code == 404)
+        assert httpx.get(f"{url}/other").text == "still here"
+        serve.shutdown()
+        with deployed(settings, "127.0.0.1", port, 1):
+            assert serve.status().applications.keys() == {"influence"}
+        assert not serve.status().applications, "what was started is shut down"
