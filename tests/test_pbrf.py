@@ -94,7 +94,7 @@ def response(
 CASES = {"one layer": (["*.h.1.mlp.c_proj"], 0.95, (0.5, 1.5)), "all layers": (["*"], 0.8, (0.1, 1.5))}
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "all layers")) for case in CASES])
 def test_scores_predict_the_proximal_bregman_response(case: str) -> None:
     patterns, least_correlation, slopes = CASES[case]
     torch.set_num_threads(1)  # products this small only lose by a second thread

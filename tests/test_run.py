@@ -252,6 +252,7 @@ class TestOnRay:
         other = run_all(configured(world.settings(tmp_path / "run", resources={"workers": 2})))
         assert_same_scores(all_scores(run), all_scores(other))
 
+    @pytest.mark.slow
     def test_killed_worker_is_replaced_and_its_unit_done_again(self, run: Run, world: World, cluster: None, tmp_path: Path) -> None:
         config = configured(world.settings(tmp_path / "run", resources={"workers": 2}))
         opened, finished = with_layers(config), []

@@ -265,6 +265,7 @@ def wait_for_work(http: httpx.Client, names: list[str]) -> None:
     until(lambda: any(http.get(f"/v1/queries/{name}").json()["state"] != "queued" for name in names))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_its_queue_it_ends_every_query_once_after_a_restart(run: Path, tmp_path: Path) -> None:
     names: list[str] = []
     for round_ in range(2):
@@ -289,6 +290,7 @@ def test_killed_in_the_middle_of_its_queue_it_ends_every_query_once_after_a_rest
     assert sorted(line["query"] for line in logs if line["message"] == "query ended") == sorted(names), "each ended once"
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_hands_its_work_back_and_ends_well(run: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "log", run, "--state-dir", tmp_path / "state") as served, httpx.Client(base_url=served.url) as http:
         names = [ask(http, exact=True, k=k).json()["id"] for k in range(1, 9)]
