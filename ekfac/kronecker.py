@@ -76,12 +76,12 @@ def input_covariance(record: LayerIO, before: Covariance | None = None) -> Covar
     """Σ over counted positions of ā āᵀ with ā = (activation, 1 if there is a bias), [J, J], added to `before`, which may be changed."""
     xp = array_api_compat.array_namespace(record.activations)
     weights = xp.astype(record.mask, record.activations.dtype)[:, :, None]
-    return _covariance([record.activations * weights], [weights] if record.bias else [], record.mask, before)
+    return _covariance([record.activations * weights], weights if record.bias else None, record.mask, before)
 
 
 def output_covariance(record: LayerIO, before: Covariance | None = None) -> Covariance:
     """Σ over positions of g gᵀ, g the output gradient (zero where the loss does not reach), [O, O], added to `before`, which may be changed."""
-    return _covariance([record.output_gradients], [], record.mask, before)
+    return _covariance([record.output_gradients], None, record.mask, before)
 
 
 def feature_covariance(record: EmbeddingIO, before: Covariance | None = None) -> Covariance:
@@ -90,33 +90,34 @@ def feature_covariance(record: EmbeddingIO, before: Covariance | None = None) ->
     That is ‖output gradient‖² x̄ x̄ᵀ for the head's inputs x̄, and g gᵀ for the gradient g of a looked-up row: [J, J], added to `before`.
     """
     xp = array_api_compat.array_namespace(record.mask)
-    parts, ones = [], []
+    parts, last = [], None
     if record.head is not None:
         norms = xp.sqrt(xp.sum(record.head.output_gradients**2, axis=2))[:, :, None]
         norms = norms * xp.astype(record.mask, norms.dtype)[:, :, None]
         parts.append(record.head.activations * norms)
-        ones += [norms] if record.head.bias else []
+        last = norms if record.head.bias else None
     if record.lookup is not None:
         parts.append(record.lookup.row_gradients * xp.astype(record.mask, record.lookup.row_gradients.dtype)[:, :, None])
-    return _covariance(parts, ones, record.mask, before)
+    return _covariance(parts, last, record.mask, before)
 
 
 PANEL = 256
 """Columns of a covariance that are computed at once. What lies below the panels' diagonal blocks is not, which halves the work for wide layers."""
 
 
-def _covariance(parts: list[Array], ones: list[Array], mask: Array, before: Covariance | None) -> Covariance:
-    """Σ over the parts [N, T, I] and their positions of x xᵀ, the first part's x having its entry of `ones` [N, T, 1] as a last coordinate."""
-    xp, size = array_api_compat.array_namespace(mask), parts[0].shape[2] + len(ones)
+def _covariance(parts: list[Array], last: Array | None, mask: Array, before: Covariance | None) -> Covariance:
+    """Σ over the parts [N, T, I] and their positions of x xᵀ; `last` [N, T, 1], where there is a bias, is one more coordinate of the first part."""
+    xp, size = array_api_compat.array_namespace(mask), parts[0].shape[2] + (last is not None)
     total = xp.zeros((size, size), dtype=xp.float64, device=array_api_compat.device(mask)) if before is None else before.total
     for flat in (xp.reshape(part, (-1, part.shape[2])) for part in parts):
         for first in range(0, flat.shape[1], PANEL):
             columns = slice(first, min(first + PANEL, flat.shape[1]))
             products = flat[:, columns].T @ flat[:, first:]
             total = _added(total, (columns, slice(first, flat.shape[1])), products)
-    for last in (xp.reshape(column, (-1,)) for column in ones):
-        flat = xp.reshape(parts[0], (-1, size - 1))
-        total = _added(total, (slice(size), size - 1), xp.concat([last @ flat, xp.sum(last * last)[None]]))
+    if last is not None:
+        column = xp.reshape(last, (-1,))
+        products = xp.concat([column @ xp.reshape(parts[0], (-1, size - 1)), xp.sum(column * column)[None]])
+        total = _added(total, (slice(size), size - 1), products)
     return Covariance(total=total, num_positions=xp.count_nonzero(mask) + (before.num_positions if before else 0))
 
 

@@ -261,10 +261,12 @@ class Run:
         enough = math.ceil(TOKENS_PER_DIMENSION * max(widths) / tokens_per_sequence)
         return {"covariances": enough, "eigenvalues": max(enough, MIN_FITTED)}
 
-    def fitted(self, stage: str) -> NDArray[np.bool_]:
-        """[N]: whether this pass of the fit takes the sequence."""
-        chosen = np.zeros(len(self.training), dtype=np.bool_)
-        chosen[self.hash_order(self.factors_config.seed)[: self.fitted_on[stage]]] = True
+    @cached_property
+    def fitted(self) -> dict[str, NDArray[np.bool_]]:
+        """[N] for each pass of the fit, by its stage's name: whether it takes the sequence."""
+        chosen = {stage: np.zeros(len(self.training), dtype=np.bool_) for stage in self.fitted_on}
+        for stage, count in self.fitted_on.items():
+            chosen[stage][self.hash_order(self.factors_config.seed)[:count]] = True
         return chosen
 
     @cached_property

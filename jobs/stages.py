@@ -169,7 +169,7 @@ def _fit_batches(run: Run, stage: str, unit: str) -> Iterator[SequenceBatch]:
 
 def fitted_sequences(run: Run, stage: str, shard: int) -> list[TrainingSequence]:
     """The sequences of a shard that this pass of the fit takes."""
-    chosen = run.fitted(stage)[run.training.starts[shard] :]
+    chosen = run.fitted[stage][run.training.starts[shard] :]
     return [sequence for place, sequence in enumerate(run.training.shard(shard)) if chosen[place]]
 
 
