@@ -25,12 +25,12 @@ from kronfluence.factor.eigen import fit_lambda_matrices_with_loader, perform_ei
 from kronfluence.score.pairwise import compute_pairwise_scores_with_loaders
 from kronfluence.task import Task
 from kronfluence.utils.state import State
+from kronfluence_scores import with_linear_layers
 from peer_passes import Setting, Stage, clock, default_device, fastest, one_part, options, plain_stage, read_tokens, report
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel
-from transformers.pytorch_utils import Conv1D
 
 
 def main() -> None:
@@ -141,17 +141,6 @@ def drawn(logits: Tensor) -> Tensor:
 
 def loader(tokens: Tensor, setting: Setting) -> DataLoader[Tensor]:
     return DataLoader(tokens, batch_size=int(setting["batch_size"]))  # type: ignore[arg-type]
-
-
-def with_linear_layers(model: nn.Module) -> nn.Module:
-    """The model, changed: kronfluence knows `nn.Linear` only."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            linear = nn.Linear(*module.weight.shape, dtype=module.weight.dtype)
-            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
-    return model
 
 
 if __name__ == "__main__":
