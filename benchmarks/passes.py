@@ -88,7 +88,7 @@ class Passes:
         device = default_device()
         example = torch.zeros((1, 2), dtype=torch.int64, device=device)
         self.layers = attributable_layers(model, lambda m: m(input_ids=example), patterns).layers
-        budget = batch_budget(model, self.layers, 8 * 2**30, len(sequences[0].tokens))
+        budget = batch_budget(model, self.layers, 16 * 2**30, len(sequences[0].tokens))
         self.attributed = AttributedModel(model=model, layers=self.layers, budget=budget, device=device)
         self.batches = [batch for _, batch in in_batches(sequences, budget, device)]
         asked: Iterable[TrainingSequence] = (sequences[n % len(sequences)] for n in range(num_queries))

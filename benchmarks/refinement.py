@@ -16,9 +16,10 @@ import torch
 
 from ekfac import true_label_loss
 from influence import RefineOptions, open_run
-from influence.answering import selected, solved
+from influence.answering import selected
 from influence.batches import collate
 from influence.run import Run
+from influence.solving import solved
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ def key_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def keyed_bits(seed: int, keys: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
-    """64 random bits for each key and each index below `count`, [N, count], from (seed, key, index) alone."""
+def keyed_bits(seed: int, keys: NDArray[np.uint64], count: int, first: int = 0) -> NDArray[np.uint64]:
+    """64 random bits for each key and each of `count` indices from `first` on, [N, count], from (seed, key, index) alone."""
     start = _mix(keys.astype(np.uint64) ^ _mix(np.array([seed % 2**64], dtype=np.uint64)))
-    return _mix(start[:, None] + np.arange(count, dtype=np.uint64)[None, :] * np.uint64(0x9E3779B97F4A7C15))
+    return _mix(start[:, None] + np.arange(first, first + count, dtype=np.uint64)[None, :] * np.uint64(0x9E3779B97F4A7C15))
 
 
 def keyed_uniforms(seed: int, keys: NDArray[np.uint64], count: int) -> NDArray[np.float64]:

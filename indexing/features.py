@@ -8,7 +8,7 @@ which minimises the variance and lets some layers be searched alone. The buckets
 orthogonal: rows of a few large numbers, as of embeddings, become even, and lose less when they are rounded to signs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ekfac import Layer, LayerFactors, Loss, Record, Rows, SequenceBatch, capture, gradient_blocks, key_of, keyed_bits
+from ekfac import BLOCK_NUMBERS, Layer, LayerFactors, Loss, Record, Rows, SequenceBatch, capture, gradient_blocks, key_of, keyed_bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,9 @@ class Spreader:
         self.inverse = factor.inverse()
         self.weights = self.inverse.sqrt()
         if not self.exact:
-            bits = keyed_bits(seed, np.array([key_of(buckets.name)], dtype=np.uint64), outputs * inputs)[0]
-            signs = torch.from_numpy(np.where(bits & np.uint64(1), np.float32(1), np.float32(-1)).reshape(buckets.shape))
-            self.weights *= factor.retained().sqrt() * signs.to(self.weights.device)
+            self.weights *= factor.retained().sqrt()
+            for rows, signs in _random_signs(buckets, seed):
+                self.weights[rows] *= signs.to(self.weights.device)
         self.weights = self.weights.float()
 
     def add(self, target: Tensor, rows: Rows, gradients: Tensor) -> None:
@@ -117,6 +117,16 @@ class Spreader:
         return laid_out.view(count, stretches, self.width).sum(1)
 
 
+def _random_signs(buckets: LayerBuckets, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, [rows, J] of 1 and -1), some rows at a time: their bits take many times the memory of the signs."""
+    (outputs, inputs), key = buckets.shape, np.array([key_of(buckets.name)], dtype=np.uint64)
+    at_once = max(1, BLOCK_NUMBERS // inputs)
+    for first in range(0, outputs, at_once):
+        rows = slice(first, min(first + at_once, outputs))
+        bits = keyed_bits(seed, key, (rows.stop - first) * inputs, first * inputs)
+        yield rows, torch.from_numpy(np.where(bits & np.uint64(1), np.float32(1), np.float32(-1)).reshape(-1, inputs))
+
+
 FOLDED_NUMBERS = {"cpu": 2**20, "cuda": 2**26}
 """About so many numbers of gradients are spread at once: on a CPU those that its cache holds."""
 
@@ -132,14 +142,15 @@ def _stride(inputs: int, width: int) -> int:
 
 
 def spreaders(spec: FeatureSpec, factors: Mapping[str, LayerFactors]) -> dict[str, Spreader]:
-    """Every layer's `Spreader`, by layer name, on the factors' device."""
-    return {buckets.name: Spreader(buckets, spec.seed, factors[buckets.name]) for buckets in spec.layers}
+    """The `Spreader` of every layer that has factors, by layer name, on their device."""
+    return {buckets.name: Spreader(buckets, spec.seed, factors[buckets.name]) for buckets in spec.layers if buckets.name in factors}
 
 
-def _mixed(made: Tensor, spec: FeatureSpec) -> Tensor:
-    """Each layer's range of rows [N, D] after the Hartley transform Re F - Im F, F the orthonormal Fourier transform."""
-    spectra = [torch.fft.fft(made[:, layer.start : layer.start + layer.width], norm="ortho") for layer in spec.layers]
-    return torch.cat([spectrum.real - spectrum.imag for spectrum in spectra], dim=1)
+def _mix(made: Tensor, spreader: Spreader) -> None:
+    """Replaces the layer's range of rows [N, D] by its Hartley transform Re F - Im F, F the orthonormal Fourier transform."""
+    own = made[:, spreader.start : spreader.start + spreader.width]
+    spectrum = torch.fft.fft(own, norm="ortho")
+    torch.sub(spectrum.real, spectrum.imag, out=own)
 
 
 def feature_rows(
@@ -153,7 +164,8 @@ def feature_rows(
 ) -> tuple[Tensor, Tensor]:
     """Rows [N, D] of a batch of training sequences, and each one's self-influence gᵀ(G + λI)⁻¹g, [N], before it is spread.
 
-    One capture pass; one layer's gradients are in memory at a time.
+    Both are sums over layers: those of some layers, with zeros for the others, and those of the rest add up to those of all. One capture pass; one
+    layer's gradients are in memory at a time.
     """
     made = torch.zeros((len(batch.tokens), spec.row_length), device=batch.tokens.device)
     self_influence = torch.zeros(len(batch.tokens), dtype=torch.float64, device=batch.tokens.device)
@@ -164,18 +176,21 @@ def feature_rows(
             spreader.add(made, rows, rotated)
             for n, gradient in enumerate(rotated):
                 self_influence[n] += gradient.square_().flatten() @ spreader.inverse[rows].flatten()
+        _mix(made, spreader)
 
     capture(model, layers, lambda: loss(model, batch), batch.reached, consume)
-    return _mixed(made, spec), self_influence
+    return made, self_influence
 
 
 def query_rows(gradients: Mapping[str, Tensor], spec: FeatureSpec, signs: Mapping[str, Spreader]) -> NDArray[np.float32]:
     """Rows [Q, D], in float32, of measurements' gradients [Q, O, J] in the eigenbasis.
 
-    Their inner products with sequences' rows estimate ∇fᵀ(G + λI)⁻¹∇L. Layers that are missing leave zeros, so that only the others are searched.
+    Their inner products with sequences' rows estimate ∇fᵀ(G + λI)⁻¹∇L. Layers that are missing leave zeros, so that only the others are searched;
+    rows of some layers and rows of the others add up.
     """
     some = next(iter(gradients.values()))
     made = torch.zeros((len(some), spec.row_length), device=some.device)
     for name, gradient in gradients.items():
         signs[name].add(made, slice(None), gradient)
-    return _mixed(made, spec).cpu().numpy()
+        _mix(made, signs[name])
+    return made.cpu().numpy()

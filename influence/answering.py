@@ -5,24 +5,24 @@ scores of the candidates with their split by layer and by token, and what the re
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ekfac import Solution, matches
-from indexing import best, group_duplicates, query_rows, row_scores
-from influence.attribution import AttributedModel, SequenceScores, mean_scores, query_gradients, scan, score_sequences, solve
+from indexing import best, group_duplicates, row_scores
+from influence.attribution import AttributedModel, Parts, SequenceScores, joined, mean_scores, scan_parts, score_sequences
 from influence.errors import RequestError
 from influence.lexical import ranks
 from influence.living import Living
 from influence.measurement import Measurement
-from influence.refinement import RefineOptions, refine, summary
+from influence.refinement import RefineOptions, summary
 from influence.result import InfluenceResult, RankedSequence
 from influence.run_directory import digest
+from influence.solving import Progress, check_refinable, ignore, in_groups, solved, within_memory
 
 if TYPE_CHECKING:
     from influence.run import Run
@@ -33,16 +33,9 @@ UNMEASURED_CANDIDATES = 200
 MORE_THAN_SHOWN = 20
 """Sequences beyond the k-th that an exact scan gives, lest duplicates leave less than k results."""
 
-Progress = Callable[[int, int], None]
-"""Called with (units of work done, units in all)."""
-
 
 class OptionsRefused(RequestError):
     """The options cannot be met by these runs, whatever is asked with them."""
-
-
-def ignore(done: int, total: int) -> None:
-    """The progress that nobody watches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +82,12 @@ def _answers(
     runs: Sequence["Run"], measurements: Sequence[Measurement], options: QueryOptions, signs: Sequence[float], progress: Progress
 ) -> list[list[InfluenceResult]]:
     allowed = _checked(runs, options)
-    groups = in_groups(measurements, runs[0], options.refine)
-    return [results for group in groups for results in _answers_of_group(runs, group, options, signs, allowed, progress)]
+
+    def work() -> list[list[InfluenceResult]]:
+        groups = in_groups(measurements, runs[0], options.refine)
+        return [results for group in groups for results in _answers_of_group(runs, group, options, signs, allowed, progress)]
+
+    return within_memory(runs, work)
 
 
 def _checked(runs: Sequence["Run"], options: QueryOptions) -> NDArray[np.bool_] | None:
@@ -100,15 +97,10 @@ def _checked(runs: Sequence["Run"], options: QueryOptions) -> NDArray[np.bool_] 
         for run in runs:
             selected(run.attributed, options.layers)
             if options.refine:
-                _check_refinable(run)
+                check_refinable(run)
         return _allowed(runs, options.where)
     except RequestError as error:
         raise OptionsRefused(str(error)) from None
-
-
-def _check_refinable(run: "Run") -> None:
-    if run.model_config.dtype in ("bfloat16", "float16"):
-        raise RequestError(f"refinement needs a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}")
 
 
 def _allowed(runs: Sequence["Run"], where: str | None) -> NDArray[np.bool_] | None:
@@ -123,14 +115,6 @@ def _allowed(runs: Sequence["Run"], where: str | None) -> NDArray[np.bool_] | No
     if not allowed.any():
         raise RequestError(f"no sequence fulfils the condition {where}" if where else "every sequence was removed from one of the runs")
     return allowed
-
-
-def in_groups(measurements: Sequence[Measurement], run: "Run", refine: RefineOptions | None) -> list[Sequence[Measurement]]:
-    """The measurements, as many at a time as have vectors that fit into a quarter of the memory budget."""
-    numbers_per_vector = sum(layer.shape[0] * layer.shape[1] for layer in run.coverage.layers)
-    vectors_per_query = 10 if refine else 2  # of a solver: iterate, residual, direction, and products as parameters and as vectors
-    at_once = max(1, run.memory_budget // 4 // (4 * vectors_per_query * numbers_per_vector))
-    return [measurements[first : first + at_once] for first in range(0, len(measurements), at_once)]
 
 
 def check_alike(runs: Sequence["Run"]) -> None:
@@ -163,7 +147,7 @@ class _Asked:
 
     run: "Run"
     attributed: AttributedModel
-    vectors: dict[str, torch.Tensor]  # (G + λI)⁻¹∇f, [Q, O, J] by layer
+    vectors: Parts  # (G + λI)⁻¹∇f, [Q, O, J] by layer
     log_probabilities: list[list[NDArray[np.float64]]]
     solution: Solution | None  # of the refinement
     weights: NDArray[np.float64]  # [N]: what each sequence's score is multiplied by
@@ -189,12 +173,16 @@ class _Asked:
 
     def totals(self, numbers: Sequence[int]) -> NDArray[np.float64]:
         """Exact scores of these sequences for every query, [Q, len(numbers)], in one pass over them."""
-        return scan(self.attributed, self.vectors, self.run.store.select(numbers)) * self.weights[list(numbers)]
+        return scan_parts(self.vectors, self.run.store.select(numbers)) * self.weights[list(numbers)]
 
-    def scores(self, place: int, numbers: Sequence[int]) -> SequenceScores:
-        """Exact scores of these sequences for one query, by layer and by token."""
-        one = {name: vector[place] for name, vector in self.vectors.items()}
-        return score_sequences(self.attributed, one, self.run.store.select(numbers)).times(self.weights[list(numbers)])
+    def splits(self, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[SequenceScores]:
+        """For each (query, numbers): exact scores of these sequences for that query, by layer and by token."""
+        found: list[list[SequenceScores]] = [[] for _ in wanted]
+        for part, vectors in self.vectors:
+            for place, (query, numbers) in enumerate(wanted):
+                one = {name: vector[query] for name, vector in vectors.items()}
+                found[place].append(score_sequences(part, one, self.run.store.select(numbers)))
+        return [joined(parts).times(self.weights[list(numbers)]) for parts, (_, numbers) in zip(found, wanted, strict=True)]
 
 
 def _asked(
@@ -211,7 +199,7 @@ def _asked(
     weights = run.normalizing_weights if options.normalize else np.ones(len(run.store))
     watch.lap("gradients")
     if found.rows is None:
-        estimates = run.exact_scores(found.vectors, attributed, progress, allowed)[:, known]
+        estimates = run.exact_scores(found.vectors, len(measurements), progress, allowed)[:, known]
     else:
         estimates = row_scores(found.rows, run.rows, known).astype(np.float64)
     watch.lap("search")
@@ -227,46 +215,6 @@ def _asked(
         allowed=allowed,
         estimates=estimates * weights[known],
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solved:
-    """(G + λI)⁻¹∇f of some queries, by EK-FAC or refined."""
-
-    vectors: dict[str, torch.Tensor]  # [Q, O, J] by layer
-    rows: NDArray[np.float32] | None  # [Q, D], where they were wanted
-    log_probabilities: list[list[NDArray[np.float64]]]
-    refinement: Solution | None
-
-
-def solved(
-    run: "Run",
-    attributed: AttributedModel,
-    measurements: Sequence[Measurement],
-    options: RefineOptions | None,
-    progress: Progress = ignore,
-    *,
-    rows: bool = False,
-) -> Solved:
-    """(G + λI)⁻¹ of the queries' gradients by EK-FAC, or refined, with how that went; with their rows of the index where these are wanted."""
-    if options is None:
-        found = query_gradients(attributed, measurements, run.factors)
-        made = query_rows(found.gradients, run.features, run.signs) if rows else None
-        vectors = solve(found.gradients, run.factors)
-        return Solved(vectors=vectors, rows=made, log_probabilities=found.log_probabilities, refinement=None)
-    _check_refinable(run)
-    order = run.hash_order(run.factors_config.seed)
-    sequences = [run.training[int(number)] for number in np.sort(order[run.live[order]][: options.sequences])]
-    if not sequences:
-        raise RequestError(f"refine: every training sequence was removed from {run.directory}, and the exact Hessian is averaged over them")
-    share = options.training_share if run.optimizer_state else 1.0
-    damping = {layer.name: run.refining_damping[layer.name] / share for layer in attributed.layers}
-    found = query_gradients(attributed, measurements)
-    solution = refine(attributed, found.gradients, run.factors, damping, sequences, options, progress)
-    made = None
-    if rows:
-        made = query_rows({name: run.factors[name].multiply(vector) for name, vector in solution.vectors.items()}, run.features, run.signs)
-    return Solved(vectors=solution.vectors, rows=made, log_probabilities=found.log_probabilities, refinement=solution)
 
 
 def selected(everything: AttributedModel, patterns: Sequence[str]) -> AttributedModel:
@@ -299,15 +247,16 @@ def _answers_of_group(
     union = sorted({number for table in chosen for numbers in table for number in numbers})
     columns = {number: column for column, number in enumerate(union)}
     by_run = [one.totals(union) for one in asked]
-    rankings: list[list[_Ranking]] = []
-    for place in range(len(measurements)):
-        own = [(sign, table[place]) for sign, table in zip(signs, chosen, strict=True)]
-        rankings.append(
-            [
-                _ranking(asked, place, numbers, [t[place, [columns[n] for n in numbers]] for t in by_run], options, sign)
-                for sign, numbers in own
-            ]
-        )
+    orders = [
+        [
+            _ordered(asked, table[place], [t[place, [columns[n] for n in table[place]]] for t in by_run], options, sign)
+            for sign, table in zip(signs, chosen, strict=True)
+        ]
+        for place in range(len(measurements))
+    ]
+    shown = [(place, order.shown) for place, own in enumerate(orders) for order in own]
+    splits = zip(*(one.splits(shown) for one in asked), strict=True)
+    rankings = [[_ranking(order, next(splits)) for order in own] for own in orders]
     watch.lap("rerank")
     stages = {stage: seconds / len(measurements) / len(signs) for stage, seconds in watch.laps.items()}
     return [
@@ -338,25 +287,41 @@ def _chosen(asked: list[_Asked], estimates: NDArray[np.float64], options: QueryO
     return [list(dict.fromkeys(int(number) for table in tables for number in table[place])) for place in range(len(estimates))]
 
 
-def _ranking(
-    asked: list[_Asked], place: int, numbers: list[int], by_run: list[NDArray[np.float64]], options: QueryOptions, sign: float
-) -> "_Ranking":
-    """One query's ranking of its candidates, from their scores by each run; those that are shown are split by layer and by token."""
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """One query's candidates in the order of their exact scores, duplicates together."""
+
+    numbers: list[int]
+    totals: NDArray[np.float64]  # [len(numbers)]
+    groups: list[list[int]]  # places in `numbers`: what is shown as one result, the one of greatest score first
+    sign: float
+
+    @property
+    def shown(self) -> list[int]:
+        """The number of the first of each group."""
+        return [self.numbers[group[0]] for group in self.groups]
+
+
+def _ordered(asked: list[_Asked], numbers: list[int], by_run: list[NDArray[np.float64]], options: QueryOptions, sign: float) -> _Order:
+    """The candidates of one query, in order of the mean of their scores by each run."""
     totals = np.mean(by_run, axis=0)
     order = np.argsort(-sign * totals, kind="stable")
     groups = group_duplicates(asked[0].run.rows, [numbers[candidate] for candidate in order], options.k)
     members = [[int(order[candidate]) for candidate in group] for group in groups]
-    by_run_split = [one.scores(place, [numbers[group[0]] for group in members]) for one in asked]
-    split = mean_scores(by_run_split)
-    # By the scores that are shown, which differ from the totals in the last digits.
-    again = np.argsort(-sign * split.totals, kind="stable")
+    return _Order(numbers=numbers, totals=totals, groups=members, sign=sign)
+
+
+def _ranking(order: _Order, by_run: Sequence[SequenceScores]) -> "_Ranking":
+    """The ranking, from the scores by layer and by token of what is shown: by these, which differ from the totals in the last digits."""
+    split = mean_scores(by_run)
+    again = np.argsort(-order.sign * split.totals, kind="stable")
     return _Ranking(
-        numbers=numbers,
-        totals=totals,
-        groups=[members[group] for group in again],
+        numbers=order.numbers,
+        totals=order.totals,
+        groups=[order.groups[group] for group in again],
         split=_in_order(split, again),
-        by_run=[_in_order(one, again) for one in by_run_split],
-        opponents=sign < 0,
+        by_run=[_in_order(one, again) for one in by_run],
+        opponents=order.sign < 0,
     )
 
 

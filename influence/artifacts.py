@@ -4,17 +4,17 @@ Every fingerprint contains those of what came before it, so that nothing made fr
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ekfac import Covariance, Coverage, Eigenbasis, EigenvalueSum, Layer, LayerFactors, of
-from influence.run_directory import FORMAT, digest
+from influence.run_directory import FORMAT, digest, file_name
 
 
 def stage_fingerprints(description: Mapping[str, Any]) -> dict[str, str]:
@@ -53,19 +53,18 @@ def read_layers(directory: Path) -> Coverage:
 
 
 def write_covariances(directory: Path, covariances: Mapping[str, Covariance]) -> None:
-    counts = {name: int(part.num_positions) for name, part in covariances.items()}
-    _save({name: part.total for name, part in covariances.items()}, directory / "covariances.safetensors", counts)
+    for name, part in covariances.items():
+        _save({"total": part.total}, _file_of(directory, name), int(part.num_positions))
 
 
 def read_covariance(directory: Path, name: str) -> Covariance | None:
     """The partial sum of one covariance; None when this part of the data held no sequence to fit on."""
-    with safe_open(directory / "covariances.safetensors", framework="pt") as file:
-        counts = _counts(file)
-        return Covariance(total=file.get_tensor(name), num_positions=counts[name]) if name in counts else None
+    path = _file_of(directory, name)
+    return Covariance(**_read_sum(path, "num_positions")) if path.exists() else None
 
 
 def write_eigenbasis(directory: Path, basis: Eigenbasis) -> None:
-    _save({"values": basis.values, "vectors": basis.vectors}, directory / "eigenbasis.safetensors", {})
+    _save({"values": basis.values, "vectors": basis.vectors}, directory / "eigenbasis.safetensors")
 
 
 def read_eigenvectors(directory: Path) -> torch.Tensor:
@@ -75,22 +74,26 @@ def read_eigenvectors(directory: Path) -> torch.Tensor:
 
 
 def write_eigenvalues(directory: Path, sums: Mapping[str, EigenvalueSum]) -> None:
-    counts = {name: part.num_sequences for name, part in sums.items()}
-    _save({name: part.total for name, part in sums.items()}, directory / "eigenvalues.safetensors", counts)
+    for name, part in sums.items():
+        _save({"total": part.total}, _file_of(directory, name), part.num_sequences)
 
 
-def read_eigenvalues(directory: Path) -> dict[str, EigenvalueSum]:
-    with safe_open(directory / "eigenvalues.safetensors", framework="pt") as file:
-        return {name: EigenvalueSum(total=file.get_tensor(name), num_sequences=count) for name, count in _counts(file).items()}
+def read_eigenvalues(directory: Path, name: str) -> EigenvalueSum | None:
+    """The partial sum of one layer; None when this part of the data held no sequence to fit on."""
+    path = _file_of(directory, name)
+    return EigenvalueSum(**_read_sum(path, "num_sequences")) if path.exists() else None
 
 
-def write_factors(directory: Path, factors: Mapping[str, LayerFactors]) -> None:
-    """The corrected eigenvalues and λ of every layer; the eigenvectors stay where they are."""
-    _save({name: factor.eigenvalues for name, factor in factors.items()}, directory / "factors.safetensors", {})
-    summary = {
-        name: {"damping": f.damping, "effective_dimension": f.effective_dimension(), "row_weight": f.row_weight()}
-        for name, f in factors.items()
-    }
+def write_factors(directory: Path, factors: Iterable[tuple[str, LayerFactors]]) -> None:
+    """The corrected eigenvalues and λ of every layer, one layer in memory at a time; the eigenvectors stay where they are."""
+    summary = {}
+    for name, factor in factors:
+        _save({"eigenvalues": factor.eigenvalues}, _file_of(directory, name))
+        summary[name] = {
+            "damping": factor.damping,
+            "effective_dimension": factor.effective_dimension(),
+            "row_weight": factor.row_weight(),
+        }
     (directory / "factors.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
@@ -103,26 +106,29 @@ def read_factor_summary(directory: Path) -> dict[str, dict[str, float]]:
 def read_factors(
     directory: Path, bases: Mapping[str, torch.Tensor], layers: Sequence[Layer], device: torch.device
 ) -> dict[str, LayerFactors]:
-    """Every layer's factors on `device`; `bases` are the eigenvectors by `input_name` and `output_name`, already there."""
+    """The layers' factors on `device`; `bases` are the eigenvectors by `input_name` and `output_name`, already there."""
     summary = read_factor_summary(directory)
-    with safe_open(directory / "factors.safetensors", framework="pt") as file:
-        return {
-            layer.name: LayerFactors(
-                input_vectors=of(bases, layer.input_name),
-                output_vectors=of(bases, layer.output_name),
-                eigenvalues=file.get_tensor(layer.name).to(device),
-                damping=summary[layer.name]["damping"],
-            )
-            for layer in layers
-        }
+    return {
+        layer.name: LayerFactors(
+            input_vectors=of(bases, layer.input_name),
+            output_vectors=of(bases, layer.output_name),
+            eigenvalues=load_file(_file_of(directory, layer.name))["eigenvalues"].to(device),
+            damping=summary[layer.name]["damping"],
+        )
+        for layer in layers
+    }
 
 
-def _save(tensors: Mapping[str, torch.Tensor], path: Path, counts: Mapping[str, int]) -> None:
-    """Equal content gives equal bytes: the counts are one entry of the file's metadata, for safetensors writes several in random order."""
-    metadata = {"counts": json.dumps(counts, sort_keys=True)} if counts else None
+def _file_of(directory: Path, name: str) -> Path:
+    """A layer's or a covariance's own file, so that no more than one needs to be in memory, whichever were computed together."""
+    return directory / f"{file_name(name)}.safetensors"
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path, count: int | None = None) -> None:
+    metadata = None if count is None else {"count": str(count)}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
 
 
-def _counts(file: Any) -> dict[str, int]:
-    counts: dict[str, int] = json.loads((file.metadata() or {}).get("counts", "{}"))
-    return counts
+def _read_sum(path: Path, counted: str) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return {"total": file.get_tensor("total"), counted: int(file.metadata()["count"])}

@@ -4,9 +4,10 @@ A score is (1/N) ∇ℓ_qᵀ (G + λI)⁻¹ ∇L(z) with ℓ_q = minus the measu
 training set of N sequences is predicted to make. Positive: training on z helped. The functions here leave out the division by N.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,6 +41,21 @@ class AttributedModel:
     device: torch.device
 
 
+Vectors = Mapping[str, Tensor]
+"""Layer name → [Q, O, J]: a vector over the parameters of some layers for each query."""
+
+Part = tuple[AttributedModel, Vectors]
+"""Some of the layers, and vectors over their parameters."""
+
+
+class Parts(Protocol):
+    """The parts that scores are sums over, of all layers together; each may be made when it is reached."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Part]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class QueryGradients:
     """What a capture pass over queries gives."""
@@ -62,6 +78,14 @@ class SequenceScores:
     @property
     def totals(self) -> NDArray[np.float64]:
         return np.asarray(self.layers.sum(1))
+
+
+def joined(parts: Sequence[SequenceScores]) -> SequenceScores:
+    """The scores of the same sequences by all the layers, from those by groups of them."""
+    return SequenceScores(
+        layers=np.concatenate([part.layers for part in parts], axis=1),
+        tokens=[np.sum(shares, axis=0) for shares in zip(*(part.tokens for part in parts), strict=True)],
+    )
 
 
 def mean_scores(scores: Sequence[SequenceScores]) -> SequenceScores:
@@ -167,7 +191,7 @@ def _score_batch(
 
 def scan(
     attributed: AttributedModel,
-    vectors: Mapping[str, Tensor],
+    vectors: Vectors,
     sequences: Sequence[TrainingSequence],
     progress: Callable[[int], None] = lambda done: None,
 ) -> NDArray[np.float64]:
@@ -177,12 +201,19 @@ def scan(
     each batch with how many sequences are done; the model is free for other work meanwhile.
     """
     scores, done = np.zeros((len(next(iter(vectors.values()))), len(sequences))), 0
-    for members, batch in in_batches(sequences, attributed.budget, attributed.device):
+    budget = attributed.budget.beside(len(scores), attributed.layers)
+    for members, batch in in_batches(sequences, budget, attributed.device):
         products = _sum_over_layers(attributed, batch, lambda layer, record: inner_products(record, vectors[layer.name]))
         scores[:, members] = products.cpu().numpy()
         done += len(members)
         progress(done)
     return scores
+
+
+def scan_parts(parts: Parts, sequences: Sequence[TrainingSequence]) -> NDArray[np.float64]:
+    """`scan` by all layers, [Q, N]: a pass over the sequences for each part of them."""
+    by_part = [scan(attributed, vectors, sequences) for attributed, vectors in parts]
+    return np.asarray(np.sum(by_part, axis=0))
 
 
 def gradient_norms(attributed: AttributedModel, sequences: Sequence[TrainingSequence]) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@ What a batch costs is estimated from the shapes of model and layers alone, so th
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from influence.sequences import TrainingSequence
 MAX_TOKENS = {"cpu": 1024, "cuda": 65_536}
 """Larger batches gain nothing on such a device."""
 
+VECTORS_OF_A_BATCH = 32
+"""More vectors than this make larger batches worth while."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchBudget:
@@ -29,43 +32,98 @@ class BatchBudget:
     bytes_per_sequence: int
 
     def fits(self, num_sequences: int, num_positions: int) -> bool:
+        """Whether such a batch may be made; one sequence may, however long, if it fits into memory."""
         tokens = num_sequences * num_positions
-        return tokens <= self.max_tokens and tokens * self.bytes_per_token + num_sequences * self.bytes_per_sequence <= self.memory_bytes
+        return (num_sequences == 1 or tokens <= self.max_tokens) and self.bytes_of(tokens, num_sequences) <= self.memory_bytes
+
+    def bytes_of(self, num_tokens: int, num_sequences: int = 1) -> int:
+        return num_tokens * self.bytes_per_token + num_sequences * self.bytes_per_sequence
+
+    def beside(self, num_vectors: int, layers: Sequence[Layer]) -> "BatchBudget":
+        """What is left for batches beside so many vectors over the layers.
+
+        Products of many vectors with few gradients at once are bound by reading the vectors, so batches grow with the number of vectors.
+        """
+        taken = 4 * num_vectors * sum(layer.shape[0] * layer.shape[1] for layer in layers)
+        return replace(
+            self,
+            max_tokens=self.max_tokens * min(4, max(1, num_vectors // VECTORS_OF_A_BATCH)),
+            memory_bytes=max(self.memory_bytes - taken, self.memory_bytes // 8),
+        )
+
+
+def layer_groups(model: nn.Module, layers: Sequence[Layer], memory_budget: int, sequence_length: int) -> list[tuple[Layer, ...]]:
+    """The layers in their order, in as few groups as have factors that fit beside the model and a batch; one group where all of them do.
+
+    A batch may be full, as far as it takes no more than a quarter of the memory beside the model, and holds one sequence at least.
+    """
+    left, costs = memory_budget - _model_bytes(model), _batch_costs(model, layers)
+    room = left - max(costs.bytes_of(sequence_length), min(costs.bytes_of(costs.max_tokens), left // 4))
+    groups: list[list[Layer]] = []
+    used = 0
+    for layer in layers:
+        used += factor_bytes([layer])
+        if not groups or used > room:
+            groups.append([])
+            used = factor_bytes([layer])
+        groups[-1].append(layer)
+    return [tuple(group) for group in groups]
 
 
 def batch_budget(model: nn.Module, layers: Sequence[Layer], memory_budget: int, sequence_length: int) -> BatchBudget:
-    """The budget for batches beside the model, its factors and what makes rows of them.
+    """The budget for batches beside the model and the factors of any group of the layers.
 
     Raises RequestError when not even one sequence fits, with the budget that would do.
     """
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    resident = parameters + sum(_factor_bytes(layer) for layer in layers)
-    width = sum(_numbers_per_token(layer) for layer in layers)
-    budget = BatchBudget(
-        max_tokens=MAX_TOKENS[next(model.parameters()).device.type],
-        memory_bytes=memory_budget - resident,
-        bytes_per_token=4 * (2 * width + 4 * int(getattr(model.config, "vocab_size", 0))),
-        bytes_per_sequence=4 * 3 * max(min(layer.shape[0] * layer.shape[1], BLOCK_NUMBERS) for layer in layers),
-    )
-    one = sequence_length * budget.bytes_per_token + budget.bytes_per_sequence
-    if one > budget.memory_bytes:
+    groups, costs = layer_groups(model, layers, memory_budget, sequence_length), _batch_costs(model, layers)
+    budget = replace(costs, memory_bytes=memory_budget - _model_bytes(model) - max(map(factor_bytes, groups)))
+    if not budget.fits(1, sequence_length):
+        least = _model_bytes(model) + max(factor_bytes([layer]) for layer in layers) + costs.bytes_of(sequence_length)
         raise RequestError(
-            f"resources.memory_budget is too small: the model, its factors and one sequence need {-(-(resident + one) // 2**20):,} MiB "
+            f"resources.memory_budget is too small: the model, the factors of its largest layer and one sequence need {-(-least // 2**20):,} MiB "
             "(--memory-budget raises it; factors.layers leaves layers out)"
         )
     return budget
 
 
+def _batch_costs(model: nn.Module, layers: Sequence[Layer]) -> BatchBudget:
+    """What tokens and sequences cost, in a budget without memory yet."""
+    width = sum(_numbers_per_token(layer) for layer in layers)
+    return BatchBudget(
+        max_tokens=MAX_TOKENS[next(model.parameters()).device.type],
+        memory_bytes=0,
+        bytes_per_token=4 * (2 * width + 4 * int(getattr(model.config, "vocab_size", 0))),
+        bytes_per_sequence=4 * 3 * max(min(layer.shape[0] * layer.shape[1], BLOCK_NUMBERS) for layer in layers),
+    )
+
+
+def factor_bytes(layers: Sequence[Layer]) -> int:
+    """Eigenvectors or covariances, and for every weight either its sum of squares, or its corrected eigenvalue, its inverse, its whitening and
+    the vectors of one query."""
+    total = 0
+    for layer in layers:
+        outputs, inputs = layer.shape
+        total += 20 * outputs * inputs + 8 * {"linear": outputs**2 + inputs**2, "embedding": inputs**2, "scale": 0}[layer.kind]
+    return total
+
+
+def queries_at_once(budget: BatchBudget, layers: Sequence[Layer], copies: int = 1) -> int:
+    """How many queries' vectors over these layers fit beside a full batch; `copies` says how many vectors each of them needs.
+
+    While one layer is solved, three more of its size are in memory.
+    """
+    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+    batch = min(budget.memory_bytes // 2, budget.bytes_of(budget.max_tokens))
+    return max(1, (budget.memory_bytes - batch) // (4 * (copies * sum(sizes) + 3 * max(sizes))))
+
+
+def _model_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def _numbers_per_token(layer: Layer) -> int:
     """Of its record and its rotation."""
     return {"linear": layer.inputs + 3 * layer.outputs, "embedding": 4 * layer.inputs, "scale": 4 * layer.outputs}[layer.kind]
-
-
-def _factor_bytes(layer: Layer) -> int:
-    """Eigenvectors, and for every weight its corrected eigenvalue, its whitening, and the bucket and sign of its place in a row."""
-    outputs, inputs = layer.shape
-    sides = {"linear": outputs**2 + inputs**2, "embedding": inputs**2, "scale": 0}[layer.kind]
-    return 8 * sides + 20 * outputs * inputs
 
 
 def in_batches(

@@ -133,6 +133,15 @@ class _Patience:
     def sequence(self, run: str, name: str) -> Conversation[dict[str, Any]]:
         return dict((yield from self.get(f"/v1/runs/{_part(run)}/sequences/{_part(name)}")))
 
+    def tokens(self, run: str, prompt: str, completion: str) -> Conversation[dict[str, list[str]]]:
+        body = {"prompt": prompt, "completion": completion}
+        response = yield from self.send(_Send(method="POST", path=f"/v1/runs/{_part(run)}/tokens", body=body))
+        return dict(response.json())
+
+    def examples(self, run: str, count: int, seed: int) -> Conversation[list[dict[str, str]]]:
+        found = yield from self.get(f"/v1/runs/{_part(run)}/examples", count=count, seed=seed)
+        return list(found["examples"])
+
     def report(self, name: str) -> Conversation[str]:
         response = yield from self.send(_Send(method="GET", path=f"/v1/queries/{_part(name)}/report"))
         return response.text
@@ -222,6 +231,18 @@ class Client(_Base):
         """The HTML report of a result."""
         return self._hold(self._talk.report(query))
 
+    def words(self, query: str) -> dict[str, Any]:
+        """What a result rests on, in sentences."""
+        return dict(self._hold(self._talk.get(f"/v1/queries/{_part(query)}/words")))
+
+    def tokens(self, run: str, prompt: str, completion: str) -> dict[str, list[str]]:
+        """The tokens of a question before it is asked: what a span counts."""
+        return self._hold(self._talk.tokens(run, prompt, completion))
+
+    def examples(self, run: str, count: int = 5, seed: int = 0) -> list[dict[str, str]]:
+        """Questions to try: training sequences, their second half asked after the first."""
+        return self._hold(self._talk.examples(run, count, seed))
+
     def runs(self) -> list[dict[str, Any]]:
         """What is served."""
         return self._hold(self._talk.runs())
@@ -302,6 +323,18 @@ class AsyncClient(_Base):
     async def report(self, query: str) -> str:
         """As `Client.report`."""
         return await self._hold(self._talk.report(query))
+
+    async def words(self, query: str) -> dict[str, Any]:
+        """As `Client.words`."""
+        return dict(await self._hold(self._talk.get(f"/v1/queries/{_part(query)}/words")))
+
+    async def tokens(self, run: str, prompt: str, completion: str) -> dict[str, list[str]]:
+        """As `Client.tokens`."""
+        return await self._hold(self._talk.tokens(run, prompt, completion))
+
+    async def examples(self, run: str, count: int = 5, seed: int = 0) -> list[dict[str, str]]:
+        """As `Client.examples`."""
+        return await self._hold(self._talk.examples(run, count, seed))
 
     async def runs(self) -> list[dict[str, Any]]:
         """As `Client.runs`."""

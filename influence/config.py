@@ -159,7 +159,11 @@ class RunConfig(Section):
 class ResourcesConfig(Section):
     """What the work may use. None of this changes results."""
 
-    memory_budget: Bytes = Field(16 * 2**30, description="memory per worker for model, factors and batches; batches are chosen to fit")
+    memory_budget: Bytes = Field(
+        16 * 2**30,
+        description="memory per worker for model, factors and batches: batches are chosen to fit, and layers are worked on in groups where the "
+        "factors of all do not",
+    )
     workers: int = Field(0, ge=0, description="Ray workers; 0 runs everything in this process")
     gpus_per_worker: float | None = Field(
         None, ge=0, description="GPUs each Ray worker asks for; left out, one where the cluster has one for each worker"

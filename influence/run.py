@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ekfac import Coverage, LayerFactors, key_of, keyed_bits
+from ekfac import Coverage, Layer, LayerFactors, key_of, keyed_bits
 from indexing import FeatureSpec, RowFormat, RowIndex, RowShards, Spreader, feature_spec, open_rows, spreaders
 from influence import artifacts, optimizer_state
-from influence.answering import Progress, QueryOptions, answer, ignore
+from influence.answering import QueryOptions, answer
 from influence.artifacts import appended_fingerprint
-from influence.attribution import AttributedModel, scan
-from influence.batches import batch_budget
+from influence.attribution import AttributedModel, Parts, scan
+from influence.batches import batch_budget, layer_groups
 from influence.config import FactorsConfig, IndexConfig, ModelConfig
 from influence.errors import RequestError
 from influence.fidelity import Fidelity
@@ -29,6 +30,7 @@ from influence.optimizer_state import OptimizerState, read_optimizer_state
 from influence.result import InfluenceResult
 from influence.run_directory import RunDirectory, file_digest
 from influence.sequences import SequenceStore
+from influence.solving import Progress, ignore
 
 TOKENS_PER_DIMENSION = 64
 """Counted tokens for each dimension of the widest covariance: scores then keep a rank correlation of .997 with those of a fit on 6 times as many."""
@@ -37,6 +39,15 @@ MIN_FITTED = 1000
 """Sequences for corrected eigenvalues, when the settings do not say how many: as above, .999 with half of the sequences, .9996 without embeddings."""
 
 SAMPLE_SIZE = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFactors:
+    """The factors of a group of layers, and what makes rows of their gradients."""
+
+    layers: tuple[Layer, ...]
+    factors: dict[str, LayerFactors]
+    spreaders: dict[str, Spreader]
 
 
 class Run:
@@ -53,6 +64,7 @@ class Run:
         self.index_config = IndexConfig(**settings["index"])
         self._opened_with = self.directory.living  # what is appended later is seen when the run is opened again
         self.appended = self._opened_with.appended
+        self._loaded: PartFactors | None = None
         self._hash_orders: dict[int, NDArray[np.int64]] = {}
 
     def path_of(self, stage: str, unit: str = "all", fingerprint: str | None = None) -> Path:
@@ -77,7 +89,7 @@ class Run:
     def opened_again(self) -> "Run":
         """The run as it is now on disk; the model and the factors, which no append and no removal changes, are taken over."""
         fresh = Run(self.directory.path, model=self.model_config.name, memory_budget=self.memory_budget)
-        kept = ("tokenizer", "language_model", "coverage", "attributed", "eigenvectors", "factors", "features", "signs")
+        kept = ("tokenizer", "language_model", "coverage", "layer_groups", "attributed", "features", "_loaded")
         fresh.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
         return fresh
 
@@ -129,23 +141,60 @@ class Run:
         return artifacts.read_layers(self.path_of("layers"))
 
     @cached_property
+    def layer_groups(self) -> list[tuple[Layer, ...]]:
+        """The layers, as many at a time as have factors that fit into the memory budget together."""
+        return layer_groups(self.language_model.model, self.coverage.layers, self.memory_budget, self._sequence_length)
+
+    @property
+    def _sequence_length(self) -> int:
+        return int(self.description["settings"]["data"]["sequence_length"])
+
+    @cached_property
     def attributed(self) -> AttributedModel:
         """The model with its layers and what a batch may hold."""
         loaded, layers = self.language_model, self.coverage.layers
-        length = self.description["settings"]["data"]["sequence_length"]
-        budget = batch_budget(loaded.model, layers, self.memory_budget, length)
+        budget = batch_budget(loaded.model, layers, self.memory_budget, self._sequence_length)
         return AttributedModel(model=loaded.model, layers=layers, budget=budget, device=loaded.device)
 
-    @cached_property
-    def eigenvectors(self) -> dict[str, torch.Tensor]:
+    def halve_batches(self) -> bool:
+        """Makes batches half as large from now on; False when they hold a single sequence already."""
+        budget = self.attributed.budget
+        if not budget.fits(2, self._sequence_length):
+            return False
+        smaller = replace(budget, max_tokens=budget.max_tokens // 2, memory_bytes=budget.memory_bytes // 2)
+        self.attributed = replace(self.attributed, budget=smaller)
+        return True
+
+    def parts(self, attributed: AttributedModel | None = None) -> list[AttributedModel]:
+        """The model with the layers of each group, of those in `attributed` (all when left out). Their factors are loaded by `factors_of`."""
+        everything = attributed or self.attributed
+        groups = [tuple(layer for layer in group if layer in everything.layers) for group in self.layer_groups]
+        return [replace(everything, layers=group) for group in groups if group]
+
+    def eigenvectors_of(self, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
         """Eigenvectors by `input_name` and `output_name`, on the model's device."""
-        names = {name for layer in self.coverage.layers for name in (layer.input_name, layer.output_name) if name}
+        names = {name for layer in layers for name in (layer.input_name, layer.output_name) if name}
         device = self.language_model.device
         return {name: artifacts.read_eigenvectors(self.path_of("eigenbases", name)).to(device) for name in sorted(names)}
 
-    @cached_property
+    def factors_of(self, part: AttributedModel) -> "PartFactors":
+        """The factors of a part's group of layers, kept until those of another group are wanted."""
+        group = next(group for group in self.layer_groups if part.layers[0] in group)
+        if self._loaded is None or self._loaded.layers != group:
+            self._loaded = None  # lest two groups are in memory at once
+            bases, device = self.eigenvectors_of(group), self.language_model.device
+            factors = artifacts.read_factors(self.path_of("factors"), bases, group, device)
+            self._loaded = PartFactors(layers=group, factors=factors, spreaders=spreaders(self.features, factors))
+        return self._loaded
+
+    @property
     def factors(self) -> dict[str, LayerFactors]:
-        return artifacts.read_factors(self.path_of("factors"), self.eigenvectors, self.coverage.layers, self.language_model.device)
+        """The factors of all layers together. Raises RequestError when they do not fit into the memory budget."""
+        if len(self.layer_groups) > 1:
+            raise RequestError(
+                f"this needs the factors of all layers at once, which do not fit into the memory budget of {self.memory_budget:,} bytes: raise it"
+            )
+        return self.factors_of(self.attributed).factors
 
     @cached_property
     def features(self) -> FeatureSpec:
@@ -156,10 +205,6 @@ class Run:
             return feature_spec(self.coverage.layers, weights, self.index_config.row_length, self.index_config.seed)
         except ValueError as error:
             raise RequestError(str(error)) from None
-
-    @cached_property
-    def signs(self) -> dict[str, Spreader]:
-        return spreaders(self.features, self.factors)
 
     @property
     def row_format(self) -> RowFormat:
@@ -293,7 +338,7 @@ class Run:
     def refining_damping(self) -> dict[str, torch.Tensor | float]:
         """D by layer name, in the unit of G: a number, or [O, J]."""
         if self.optimizer_state is None:
-            return {name: factor.damping for name, factor in self.factors.items()}
+            return {name: facts["damping"] for name, facts in artifacts.read_factor_summary(self.path_of("factors")).items()}
         tokens_per_sequence = self.training.summary["counted_tokens"] / len(self.training)
         return {**self.optimizer_state.damping(self.language_model.model, self.coverage.layers, tokens_per_sequence)}
 
@@ -320,27 +365,30 @@ class Run:
 
     def exact_scores(
         self,
-        vectors: dict[str, torch.Tensor],
-        attributed: AttributedModel | None = None,
+        parts: Parts,
+        num_queries: int,
         progress: Progress = ignore,
         allowed: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.float64]:
-        """⟨vector q, gradient of sequence n⟩ for every sequence, [Q, number of them], by a pass over all that are allowed (all that were not
-        removed); zero for the others. `progress` is called after each batch, while the model is free for other work."""
-        scores = np.zeros((len(next(iter(vectors.values()))), len(self.store)))
+        """⟨vector q, gradient of sequence n⟩ for every sequence, [Q, number of them]; zero for those that are not allowed (removed ones).
+
+        Takes a pass over the sequences for each part. `progress` is called after each batch, while the model is free for other work.
+        """
+        scores = np.zeros((num_queries, len(self.store)))
         live = self.live if allowed is None else allowed
-        for shard, start in enumerate(self.store.starts[:-1]):
+        passes, count = len(parts), len(self.store)
+        for place, (attributed, vectors) in enumerate(parts):
+            for shard, start in enumerate(self.store.starts[:-1]):
 
-            def after(done: int, start: int = int(start)) -> None:
-                progress(start + done, len(self.store))
+                def after(done: int, before: int = place * count + int(start)) -> None:
+                    progress(before + done, passes * count)
 
-            after(0)
-            sequences = self.store.shard(shard)
-            places = np.flatnonzero(live[start : start + len(sequences)])
-            if len(places):
-                chosen = [sequences[place] for place in places]
-                scores[:, start + places] = scan(attributed or self.attributed, vectors, chosen, after)
-        progress(len(self.store), len(self.store))
+                after(0)
+                sequences = self.store.shard(shard)
+                chosen = np.flatnonzero(live[start : start + len(sequences)])
+                if len(chosen):
+                    scores[:, start + chosen] += scan(attributed, vectors, [sequences[one] for one in chosen], after)
+        progress(passes * count, passes * count)
         return scores
 
     def token_texts(self, tokens: NDArray[np.int32]) -> list[str]:

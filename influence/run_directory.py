@@ -4,10 +4,10 @@
     sequences/all/                      part-00000.parquet …, summary.json
     lexical/all/                        BM25 over the texts
     layers/all/                         the attributed layers, and what is not covered
-    covariances/part-00000/             partial sums, safetensors
+    covariances/part-00000/             partial sums, safetensors, a file for each covariance
     eigenbases/<name>/                  one covariance's eigenvectors
-    eigenvalues/part-00000/             partial sums
-    factors/all/                        corrected eigenvalues and damping
+    eigenvalues/part-00000/             partial sums, a file for each layer
+    factors/all/                        corrected eigenvalues, a file for each layer, and damping
     rows/part-00000/                    rows.npy (bytes), self_influence.npy
     scans/part-00000/                   exact scores of sample queries
     fidelity/all/                       how close the index comes to them
@@ -35,7 +35,7 @@ from typing import Any
 from influence.errors import RequestError
 from influence.living import Living
 
-FORMAT = 4
+FORMAT = 5
 """Version of the layout and of every file format in a run directory. Other versions are refused."""
 
 STAGES = ("sequences", "lexical", "layers", "covariances", "eigenbases", "eigenvalues", "factors", "rows", "scans", "fidelity")
@@ -147,7 +147,7 @@ class RunDirectory:
     # units of work
 
     def unit_path(self, stage: str, unit: str) -> Path:
-        return self.path / stage / _file_name(self.living.replaced.get(f"{stage}/{unit}", unit))
+        return self.path / stage / file_name(self.living.replaced.get(f"{stage}/{unit}", unit))
 
     def is_done(self, stage: str, unit: str, fingerprint: str) -> bool:
         """Whether the unit's output is there and whole. Raises RequestError when it was made from something else or is damaged."""
@@ -244,7 +244,7 @@ class RunDirectory:
         return progress if isinstance(progress, dict) else None
 
     def keep_answer(self, name: str, answer: Mapping[str, Any]) -> Path:
-        path = self.path / "answers" / f"{_file_name(name)}.json"
+        path = self.path / "answers" / f"{file_name(name)}.json"
         path.parent.mkdir(exist_ok=True)
         write_json(path, answer)
         return path
@@ -304,7 +304,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _file_name(unit: str) -> str:
+def file_name(unit: str) -> str:
     """A unit's name as a file name: only letters, digits and `._-` stay as they are, so that no name leaves its directory."""
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in unit)
     if safe == unit and not unit.startswith(".") and len(unit) <= 150:

@@ -11,11 +11,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from influence.answering import Progress, QueryOptions, answer, answer_both_ends, ignore
+from influence.answering import QueryOptions, answer, answer_both_ends
 from influence.errors import RequestError
 from influence.measurement import Measurement
 from influence.result import InfluenceResult, report_page
 from influence.run import Run
+from influence.solving import Progress, ignore
 from jobs.progress import bar, say
 
 Asked = list[tuple[str, Measurement]]

@@ -5,7 +5,7 @@ directory and returns how to write its own output; who calls it, in which proces
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ekfac import (
     Covariance,
     EigenvalueSum,
+    LayerFactors,
     SequenceBatch,
     attributable_layers,
     covariance_pass,
@@ -25,13 +26,10 @@ from ekfac import (
     eigenbasis,
     eigenvalue_pass,
     layer_factors,
-    merge,
     reached_positions,
-    true_label_loss,
 )
-from indexing import feature_rows, query_rows, row_scores
+from indexing import row_scores
 from influence import optimizer_state
-from influence.answering import in_groups
 from influence.artifacts import (
     read_covariance,
     read_eigenvalues,
@@ -42,7 +40,7 @@ from influence.artifacts import (
     write_factors,
     write_layers,
 )
-from influence.attribution import query_gradients, scan, solve
+from influence.attribution import scan_parts
 from influence.batches import in_batches
 from influence.config import Config
 from influence.documents import data_fingerprint, read_documents
@@ -51,9 +49,11 @@ from influence.fidelity import DEPTHS, Fidelity, end_fidelity, end_name, rank_co
 from influence.lexical import write_lexical
 from influence.measurement import Measurement
 from influence.model import LanguageModel, embedded_tokens, load_model, longest_sequence, model_fingerprint, tokenizer_fingerprint
+from influence.rows import encoded_rows
 from influence.run import Run
 from influence.run_directory import RunDirectory
 from influence.sequences import TrainingSequence, tokenize, write_sequences
+from influence.solving import Solved, in_groups, solved, within_memory
 
 Write = Callable[[Path], None]
 MOST_FIT_GROUPS = 8
@@ -108,7 +108,7 @@ def do_unit(stage: Stage, run: Run, config: Config, unit: str) -> None:
     """Does one unit's work and leaves its output in the run directory, unless it is there already."""
     fingerprint = run.fingerprints[stage.name]
     if not run.directory.is_done(stage.name, unit, fingerprint):
-        run.directory.write_unit(stage.name, unit, fingerprint, stage.work(run, config, unit))
+        within_memory([run], lambda: run.directory.write_unit(stage.name, unit, fingerprint, stage.work(run, config, unit)))
 
 
 def _everything(_: Run) -> Sequence[str]:
@@ -161,8 +161,8 @@ def _fit_groups(run: Run) -> Sequence[str]:
 
 
 def _fit_batches(run: Run, stage: str, unit: str) -> Iterator[SequenceBatch]:
-    groups = np.array_split(np.arange(run.training.num_shards), len(_fit_groups(run)))
-    for shard in groups[_shard_number(unit)]:
+    shares = np.array_split(np.arange(run.training.num_shards), len(_fit_groups(run)))
+    for shard in shares[_shard_number(unit)]:
         for _, batch in in_batches(fitted_sequences(run, stage, int(shard)), run.attributed.budget, run.attributed.device):
             yield batch
 
@@ -174,10 +174,14 @@ def fitted_sequences(run: Run, stage: str, shard: int) -> list[TrainingSequence]
 
 
 def _covariances(run: Run, _: Config, unit: str) -> Write:
-    attributed, loss = run.attributed, drawn_label_loss(run.factors_config.seed)
-    batches = _fit_batches(run, "covariances", unit)
-    parts = covariance_pass(attributed.model, attributed.layers, batches, loss, reached_positions)
-    return lambda directory: write_covariances(directory, parts)
+    loss = drawn_label_loss(run.factors_config.seed)
+
+    def write(directory: Path) -> None:
+        for part in run.parts():
+            batches = _fit_batches(run, "covariances", unit)
+            write_covariances(directory, covariance_pass(part.model, part.layers, batches, loss, reached_positions))
+
+    return write
 
 
 def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
@@ -190,18 +194,27 @@ def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
 
 
 def _eigenvalues(run: Run, _: Config, unit: str) -> Write:
-    attributed, loss = run.attributed, drawn_label_loss(run.factors_config.seed)
-    batches = _fit_batches(run, "eigenvalues", unit)
-    sums = eigenvalue_pass(attributed.model, attributed.layers, run.eigenvectors, batches, loss, reached_positions)
-    return lambda directory: write_eigenvalues(directory, sums)
+    loss = drawn_label_loss(run.factors_config.seed)
+
+    def write(directory: Path) -> None:
+        for part in run.parts():
+            batches, bases = _fit_batches(run, "eigenvalues", unit), run.eigenvectors_of(part.layers)
+            write_eigenvalues(directory, eigenvalue_pass(part.model, part.layers, bases, batches, loss, reached_positions))
+
+    return write
 
 
 def _factors(run: Run, config: Config, _: str) -> Write:
-    sums: Mapping[str, EigenvalueSum] = reduce(merge, (read_eigenvalues(run.path_of("eigenvalues", group)) for group in _fit_groups(run)))
     damping = config.factors.as_damping()
     dtype = "float64" if run.model_config.dtype == "float64" else "float32"
-    factors = {name: layer_factors(None, None, part, damping, dtype) for name, part in sums.items()}  # eigenvectors have files of their own
-    return lambda directory: write_factors(directory, factors)
+
+    def factors() -> Iterator[tuple[str, LayerFactors]]:
+        for layer in run.coverage.layers:
+            sums = (read_eigenvalues(run.path_of("eigenvalues", group), layer.name) for group in _fit_groups(run))
+            total: EigenvalueSum = reduce(add, (part for part in sums if part is not None))
+            yield layer.name, layer_factors(None, None, total, damping, dtype)  # eigenvectors have files of their own
+
+    return lambda directory: write_factors(directory, factors())
 
 
 def _rows(run: Run, _: Config, unit: str) -> Write:
@@ -210,16 +223,7 @@ def _rows(run: Run, _: Config, unit: str) -> Write:
 
 def rows_of(run: Run, sequences: Sequence[TrainingSequence]) -> Write:
     """The rows of these sequences, and the self-influence of each."""
-    attributed = run.attributed
-    rows = np.empty((len(sequences), run.row_format.bytes_per_row), dtype=np.uint8)
-    self_influence = np.empty(len(sequences), dtype=np.float64)
-    for members, batch in in_batches(sequences, attributed.budget, attributed.device):
-        found, own = feature_rows(attributed.model, attributed.layers, run.factors, run.features, run.signs, true_label_loss, batch)
-        try:
-            rows[members], self_influence[members] = run.row_format.encode(found), own.cpu().numpy()
-        except ValueError as error:
-            names = ", ".join(sequences[member].id for member in members[:3])
-            raise RequestError(f"{error}, in the batch of {names}, …: raise factors.damping") from None
+    rows, self_influence = encoded_rows(run, sequences, run.features, run.row_format)
 
     def write(directory: Path) -> None:
         np.save(directory / "rows.npy", rows, allow_pickle=False)
@@ -252,10 +256,10 @@ def sample_queries(run: Run) -> list[tuple[int, Measurement]]:
     return chosen
 
 
-def _rotated_gradients(run: Run, measurements: Sequence[Measurement]) -> Iterator[dict[str, torch.Tensor]]:
-    """The measurements' gradients in the eigenbasis, as many at a time as fit into memory."""
-    for group in in_groups(measurements, run, None):
-        yield query_gradients(run.attributed, group, run.factors).gradients
+def _solved(run: Run, *, rows: bool) -> Iterator[Solved]:
+    """The sample queries' vectors, as many at a time as fit into memory."""
+    for group in in_groups([measurement for _, measurement in sample_queries(run)], run, None):
+        yield solved(run, run.attributed, group, None, rows=rows)
 
 
 def _scan_units(run: Run) -> Sequence[str]:
@@ -263,9 +267,8 @@ def _scan_units(run: Run) -> Sequence[str]:
 
 
 def _scan(run: Run, _: Config, unit: str) -> Write:
-    attributed = run.attributed
-    rotated = _rotated_gradients(run, [measurement for _, measurement in sample_queries(run)])
-    scores = np.concatenate([scan(attributed, solve(some, run.factors), run.training.shard(_shard_number(unit))) for some in rotated])
+    sequences = run.training.shard(_shard_number(unit))
+    scores = np.concatenate([scan_parts(found.vectors, sequences) for found in _solved(run, rows=False)])
     return lambda directory: np.save(directory / "scores.npy", scores, allow_pickle=False)
 
 
@@ -280,8 +283,7 @@ def _fidelity(run: Run, _: Config, unit: str) -> Write:
         raise RequestError(f"no training sequence of {run.directory} can be asked as a query any more: set index.recall_queries to 0")
     exact = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
     exact[np.arange(len(queries)), [number for number, _ in queries]] = -np.inf
-    rotated = _rotated_gradients(run, [measurement for _, measurement in queries])
-    rows = np.concatenate([query_rows(some, run.features, run.signs) for some in rotated])
+    rows = np.concatenate([found.rows for found in _solved(run, rows=True) if found.rows is not None])
     trained = np.arange(len(run.store)) < len(run.training) if run.appended else None
     ends = {}
     for normalized, index in ((False, run.index), (True, run.normalized_index)):

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from influence.evaluation.methods import METHODS, scores_by
 from influence.evaluation.retraining import RetrainingSettings, fine_tuned, query_losses, random_half
 from influence.refinement import RefineOptions
 from influence.run import Run, open_run
+from influence.solving import in_groups
 from jobs.answers import Asked, measurements_of
 from jobs.executors import ray_connection
 from jobs.retraining import retrain, retraining_of
@@ -131,7 +133,7 @@ def test_methods_are_what_they_are_called(run: Run, asked: Asked) -> None:
     found = {method: scores_by(method, [run], measurements, SHORT, lambda done, total: None) for method in METHODS}
     gradients = query_gradients(run.attributed, measurements).gradients
     np.testing.assert_allclose(
-        found["ekfac"], run.exact_scores(precondition(gradients, run.factors)), rtol=1e-4
+        found["ekfac"], run.exact_scores([(run.attributed, precondition(gradients, run.factors))], len(measurements)), rtol=1e-4
     )  # rotated in another order
     norms = gradient_norms(run.attributed, list(run.store))
     np.testing.assert_allclose(found["gradient-cosine"] * norms, found["gradient-dot"], rtol=1e-4, atol=1e-6)
@@ -149,7 +151,9 @@ def test_methods_do_not_depend_on_how_many_queries_fit_at_once(finished: Path, a
     measurements = [measurement for _, measurement in asked]
     alone, together = open_run(finished), open_run(finished)
     assert alone.attributed.budget == together.attributed.budget
-    alone.memory_budget = 1  # its batches stay as they are, but queries come one at a time
+    little = replace(alone.attributed.budget, memory_bytes=1)  # one of each at a time
+    alone.__dict__["attributed"] = replace(alone.attributed, budget=little)
+    assert len(in_groups(measurements, alone, None)) == len(measurements) > len(in_groups(measurements, together, None))
     for method in ("ekfac", "gradient-cosine"):
         one, other = (scores_by(method, [opened], measurements, SHORT, lambda done, total: None) for opened in (alone, together))
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())

@@ -136,8 +136,11 @@ def test_fidelity_is_that_of_the_index_to_exact_scores(run: Run) -> None:
     shares = []
     for number, measurement in sample_queries(run):
         rotated = query_gradients(run.attributed, [measurement], run.factors).gradients
-        estimates = query_rows(rotated, run.features, run.signs) @ run.row_format.decode(np.concatenate(run.rows.shards)).T
-        exact = run.exact_scores(solve(rotated, run.factors))[0]
+        estimates = (
+            query_rows(rotated, run.features, run.factors_of(run.attributed).spreaders)
+            @ run.row_format.decode(np.concatenate(run.rows.shards)).T
+        )
+        exact = run.exact_scores([(run.attributed, solve(rotated, run.factors))], 1)[0]
         top = [one for one in np.argsort(-exact, kind="stable") if one != number][:10]
         found = [one for one in np.argsort(-estimates[0], kind="stable") if one != number][:20]
         shares.append(len(set(top) & set(found)) / 10)

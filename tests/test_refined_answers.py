@@ -13,10 +13,10 @@ from torch import nn
 
 from ekfac import gauss_newton_product
 from influence import QueryOptions, RefineOptions, RequestError, Run, answer, answer_both_ends, open_run, save_optimizer_state
-from influence.answering import solved
 from influence.attribution import query_gradients
 from influence.batches import collate
 from influence.optimizer_state import FILE, read_optimizer_state
+from influence.solving import solved
 from jobs.stages import create_run
 
 QUERY = ("Lisbon lies on", " the Tagus.")
@@ -60,7 +60,7 @@ def dense_scores(run: Run, damping: torch.Tensor) -> np.ndarray:
         found = gauss_newton_product(attributed.model, attributed.layers, collate([sequence], attributed.device), {LAYER: axes})
         matrix += found[LAYER].reshape(size, size).double() / len(run.store)
     solved = torch.linalg.solve(matrix + torch.diag(damping.double().flatten()), gradient.flatten())
-    return run.exact_scores({LAYER: solved.float().reshape(gradient.shape)}, attributed)[0] / len(run.store)
+    return run.exact_scores([(attributed, {LAYER: solved.float().reshape(gradient.shape)})], 1)[0] / len(run.store)
 
 
 @pytest.mark.parametrize("which", ["run", "trained"])
@@ -136,7 +136,7 @@ def test_shorter_training_is_damped_more(trained: Run) -> None:
     gradients = query_gradients(attributed, measurements).gradients
     norms = []
     for share in (1.0, 0.01):
-        vectors = solved(trained, attributed, measurements, replace(EXACTLY, training_share=share)).vectors
+        [(_, vectors)] = solved(trained, attributed, measurements, replace(EXACTLY, training_share=share)).vectors
         norms.append(float(vectors[LAYER].norm()))
     damping = trained.refining_damping[LAYER]
     assert norms[1] < norms[0]

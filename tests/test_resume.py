@@ -272,8 +272,8 @@ def test_settings_may_change_until_something_was_made_with_them(world: World, fi
     [
         ('{"format": 99}', "has run-directory format 99, this version reads format"),
         ("[]", "has run-directory format None"),
-        ('{"format": 4}', "run.json is damaged: it has no settings"),
-        ('{"format": 4, "sett', "run.json is damaged: it is not JSON"),
+        ('{"format": 5}', "run.json is damaged: it has no settings"),
+        ('{"format": 5, "sett', "run.json is damaged: it is not JSON"),
     ],
 )
 def test_run_directory_of_another_format_is_refused(text: str, message: str, world: World, copy: Path) -> None:

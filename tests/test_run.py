@@ -167,8 +167,9 @@ def test_as_many_sequences_are_fitted_as_are_enough(world: World, tmp_path: Path
     for stage, count in run.fitted_on.items():
         assert sum(len(fitted_sequences(run, stage, shard)) for shard in range(run.training.num_shards)) == count
     units = next(stage for stage in STAGES if stage.name == "eigenvalues").units(run)
-    sums = [read_eigenvalues(run.path_of("eigenvalues", unit)) for unit in units]
-    assert sum(next(iter(part.values())).num_sequences for part in sums if part) == 20
+    for layer in run.coverage.layers:
+        sums = [read_eigenvalues(run.path_of("eigenvalues", unit), layer.name) for unit in units]
+        assert sum(part.num_sequences for part in sums if part) == 20
 
 
 def test_measured_fidelity_is_kept_with_the_index(run: Run) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 
 from influence import run as run_module
-from influence.answering import QueryOptions, solved
+from influence.answering import QueryOptions
 from influence.filters import matching
 from influence.refinement import RefineOptions
 from influence.run import Run, open_run
@@ -32,6 +32,7 @@ from influence.service import Limits, ServiceSettings
 from influence.service import catalog as catalog_module
 from influence.service.catalog import Catalog, example_queries, resident_bytes
 from influence.service.settings import named_runs
+from influence.solving import solved
 
 QUESTION = {"prompt": "Lisbon lies on", "completion": " the Tagus"}
 
@@ -246,7 +247,7 @@ def test_long_work_is_between_two_batches_whenever_it_reports(run: Path, refine:
         if refine:
             solved(opened, opened.attributed, [measurement], refine, progress)
         else:
-            opened.exact_scores(found.vectors, progress=progress)
+            opened.exact_scores(found.vectors, 1, progress)
     between = np.diff(passes_at_reports)
     assert passes_at_reports[-1] >= 40
     assert between.max() <= (2 if refine else 1)  # a product with the Hessian goes through the model twice
@@ -649,7 +650,7 @@ def test_the_state_of_an_index_holds_what_its_answers_depend_on(
 
 
 DAMAGES: list[tuple[str, Callable[[Path], Any]]] = [
-    ("factors.safetensors", lambda run: (run / "factors/all/factors.safetensors").write_bytes(b"not a file of tensors")),
+    ("factors/all", lambda run: next((run / "factors/all").glob("*.safetensors")).write_bytes(b"not a file of tensors")),
     ("rows.npy", lambda run: _flip(run / "rows/part-00000/rows.npy")),
     ("eigenbasis.safetensors", lambda run: _flip(next((run / "eigenbases").glob("*/eigenbasis.safetensors")))),
     ("part-00000.parquet", lambda run: _flip(run / "sequences/all/part-00000.parquet")),

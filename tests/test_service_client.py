@@ -46,6 +46,9 @@ def test_the_client_gives_what_the_run_gives(url: str, run: Path) -> None:  # no
         assert client.state(exact.id)["state"] == "done"
         assert "<!DOCTYPE html>" in client.report(exact.id)
         assert client.queries(1)[0]["id"] == exact.id
+        assert client.words(exact.id)["trust"]
+        assert "".join(client.tokens("small", **QUESTION)["completion"]) == QUESTION["completion"]
+        assert client.examples("small", 3, seed=1) == client.examples("small", 3, seed=1) != client.examples("small", 3)
         assert client.cancel(exact.id)["state"] == client.state(exact.id)["state"] == "done"
         client.forget(exact.id)
         with pytest.raises(ServerRefusal, match="forgotten"):
@@ -62,6 +65,9 @@ def test_the_asynchronous_client_does_the_same(url: str) -> None:
             quick, exact = await asyncio.gather(
                 client.query("small", *QUESTION.values(), k=3), client.query("small", *QUESTION.values(), k=3, exact=True)
             )
+            assert await client.tokens("small", **QUESTION)
+            assert len(await client.examples("small", 2)) == 2
+            assert (await client.words(exact.id))["trust"]
             return quick, exact, await client.sequence("small", "doc-00:0")
 
     quick, exact, sequence = asyncio.run(both())

@@ -3,7 +3,7 @@
 Needs the factors alone, so it also says what an index would be worth before it is built. Every ranking is of the same sequences for the same queries.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +18,6 @@ from indexing import (
     FeatureSpec,
     RowFormat,
     RowShards,
-    Spreader,
-    feature_rows,
     feature_spec,
     query_rows,
     row_length_within,
@@ -27,21 +25,20 @@ from indexing import (
     spreaders,
 )
 from influence import artifacts
-from influence.answering import in_groups
-from influence.attribution import AttributedModel, gradient_norms, precondition, query_gradients, scan
+from influence.attribution import AttributedModel, gradient_norms, query_gradients, scan, scan_parts
 from influence.batches import in_batches
 from influence.fidelity import EndFidelity, end_fidelity, rank_correlation, ranked_by
 from influence.measurement import Measurement
+from influence.rows import encoded_rows
 from influence.run import Run
 from influence.sequences import TrainingSequence
+from influence.solving import Progress, in_groups, solved
 
 SIZES = (1024, 2048, 4096, 8192, 16384)
 """Bytes a sequence of the rows that are compared."""
 
 PROJECTED = 16
 """Rows and columns that a module's gradient is projected to in the way of other tools (LoGra, TRAK-like stores)."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,37 +99,38 @@ def _exact(
     """EK-FAC scores and dot products of plain gradients, [Q, N] each."""
     exact, dots = [], []
     for group in in_groups(measurements, run, None):
-        gradients = query_gradients(run.attributed, group).gradients
-        exact.append(scan(run.attributed, precondition(gradients, run.factors), sequences))
-        dots.append(scan(run.attributed, gradients, sequences))
+        found = solved(run, run.attributed, group, None)
+        exact.append(scan_parts(found.vectors, sequences))
+        dots.append(scan(run.attributed, query_gradients(run.attributed, group).gradients, sequences))
     return np.concatenate(exact), np.concatenate(dots)
 
 
-def _query_rows(run: Run, measurements: Sequence[Measurement], spec: FeatureSpec, signs: Mapping[str, Spreader]) -> NDArray[np.float32]:
+def _query_rows(run: Run, measurements: Sequence[Measurement], spec: FeatureSpec) -> NDArray[np.float32]:
     """[Q, D]; the gradients are computed again for every size, because those of all queries together may not fit into memory."""
-    groups = in_groups(measurements, run, None)
-    return np.concatenate([query_rows(query_gradients(run.attributed, group, run.factors).gradients, spec, signs) for group in groups])
+    made = np.zeros((len(measurements), spec.row_length), dtype=np.float32)
+    for part in run.parts():
+        factors = run.factors_of(part).factors
+        signs, first = spreaders(spec, factors), 0
+        for group in in_groups(measurements, run, None):
+            made[first : first + len(group)] += query_rows(query_gradients(part, group, factors).gradients, spec, signs)
+            first += len(group)
+    return made
 
 
 def _row_scores(
     run: Run, measurements: Sequence[Measurement], sequences: Sequence[TrainingSequence], progress: Progress
 ) -> list[tuple[Encoding, RowFormat, NDArray[np.float32]]]:
     """By encoding and size: estimates [Q, N] from rows made as the index makes them."""
-    attributed = run.attributed
     weights = {name: facts["row_weight"] for name, facts in artifacts.read_factor_summary(run.path_of("factors")).items()}
     wanted: list[tuple[Encoding, int]] = [("bit", size) for size in SIZES] + [("int8", 8192), ("float16", 8192), ("float16", 16384)]
     found = []
     for place, (encoding, size) in enumerate(wanted):
         progress(place, len(wanted))
-        spec = feature_spec(attributed.layers, weights, row_length_within(encoding, size), run.index_config.seed)
+        spec = feature_spec(run.coverage.layers, weights, row_length_within(encoding, size), run.index_config.seed)
         row_format = RowFormat(encoding=encoding, length=spec.row_length)
-        signs = spreaders(spec, run.factors)
-        codes = np.empty((len(sequences), row_format.bytes_per_row), dtype=np.uint8)
-        for members, batch in in_batches(sequences, attributed.budget, attributed.device):
-            made, _ = feature_rows(attributed.model, attributed.layers, run.factors, spec, signs, true_label_loss, batch)
-            codes[members] = row_format.encode(made)
+        codes, _ = encoded_rows(run, sequences, spec, row_format)
         rows = RowShards(format=row_format, shards=(codes,))
-        queries = _query_rows(run, measurements, spec, signs)
+        queries = _query_rows(run, measurements, spec)
         found.append((encoding, row_format, row_scores(queries, rows, np.arange(len(sequences)))))
     progress(len(wanted), len(wanted))
     return found

@@ -1,24 +1,22 @@
 """Scores of every training sequence for every query, by the methods that an evaluation compares, or from a file."""
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from indexing import row_scores
-from influence.answering import QueryOptions, Solved, check_alike, in_groups, num_candidates, solved
-from influence.attribution import gradient_norms, query_gradients, score_sequences
+from influence.answering import QueryOptions, check_alike, num_candidates
+from influence.attribution import gradient_norms, query_gradients, scan_parts
 from influence.errors import RequestError
 from influence.measurement import Measurement
 from influence.refinement import RefineOptions
 from influence.run import Run
+from influence.solving import Progress, Solved, in_groups, solved
 
 METHODS = ("ekfac", "refined", "index", "gradient-cosine", "gradient-dot", "bm25")
-
-Progress = Callable[[int, int], None]
-"""Called with (units of work done, units in all)."""
 
 
 def scores_by(
@@ -49,21 +47,24 @@ def _gradient_scores(
     method: str, run: Run, measurements: Sequence[Measurement], refine: RefineOptions, progress: Progress
 ) -> NDArray[np.float64]:
     if method in ("gradient-dot", "gradient-cosine"):
-        products = run.exact_scores(query_gradients(run.attributed, measurements).gradients, progress=progress)
+        gradients = [(run.attributed, query_gradients(run.attributed, measurements).gradients)]
+        products = run.exact_scores(gradients, len(measurements), progress)
         return products / _norms(run) if method == "gradient-cosine" else products  # the query's own norm changes no ranking
     found = solved(run, run.attributed, measurements, refine if method == "refined" else None, progress, rows=method == "index")
-    return _through_the_index(run, found) if method == "index" else run.exact_scores(found.vectors, progress=progress)
+    return _through_the_index(run, found) if method == "index" else run.exact_scores(found.vectors, len(measurements), progress)
 
 
 def _through_the_index(run: Run, found: Solved) -> NDArray[np.float64]:
     rows = found.rows
     assert rows is not None
     scores = row_scores(rows, run.rows, np.arange(len(run.store))).astype(np.float64)
+    candidates = np.zeros(scores.shape, dtype=np.bool_)
     for sign in (1.0, -1.0):
-        count = num_candidates(run, QueryOptions(), sign < 0)
-        for query, numbers in enumerate(run.index.search(np.float32(sign) * rows, count).numbers):
-            one = {name: vector[query] for name, vector in found.vectors.items()}
-            scores[query, numbers] = score_sequences(run.attributed, one, [run.store[int(number)] for number in numbers]).totals
+        for query, numbers in enumerate(run.index.search(np.float32(sign) * rows, num_candidates(run, QueryOptions(), sign < 0)).numbers):
+            candidates[query, numbers] = True
+    union = np.flatnonzero(candidates.any(0))
+    exact = scan_parts(found.vectors, run.store.select(union.tolist()))
+    scores[:, union] = np.where(candidates[:, union], exact, scores[:, union])
     return scores
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from influence.answering import Progress, QueryOptions, answer, answer_both_ends, num_candidates
+from influence.answering import QueryOptions, answer, answer_both_ends, num_candidates
 from influence.errors import RequestError
 from influence.measurement import Measurement
 from influence.report import words
@@ -17,6 +17,7 @@ from influence.run import Run
 from influence.run_directory import digest
 from influence.service.bodies import QueryBody
 from influence.service.settings import Limits
+from influence.solving import Progress
 
 QUESTION = {"prompt", "completion", "text", "input_ids", "contrast", "span"}
 """What may differ between queries that are answered together."""

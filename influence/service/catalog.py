@@ -20,6 +20,7 @@ from pyarrow import ArrowException
 from safetensors import SafetensorError
 
 from influence import artifacts
+from influence.batches import factor_bytes
 from influence.errors import RequestError
 from influence.report.layers import kind, take_apart
 from influence.run import Run
@@ -254,8 +255,9 @@ def _load(run: Run, verified: set[tuple[Path, str]]) -> None:
         if key not in verified:
             run.directory.verify(stage, unit)
             verified.add(key)
-    for part in ("attributed", "factors", "signs", "index", "self_influence", "fidelity", "lexical"):
+    for part in ("attributed", "index", "self_influence", "fidelity", "lexical"):
         getattr(run, part)
+    run.factors_of(run.parts()[0])
     _ = run.store.ids
 
 
@@ -274,11 +276,9 @@ def _used_units(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def resident_bytes(run: Run) -> int:
-    """What a loaded run keeps in memory: weights, factors, where each weight goes in a row, and the sketch of every row, normalized or not."""
+    """What a loaded run keeps in memory: weights, factors and what makes rows of them, and the sketch of every row, normalized or not."""
     weights = sum(p.numel() * p.element_size() for p in run.language_model.model.parameters())
-    vectors = sum(tensor.numel() * tensor.element_size() for tensor in run.eigenvectors.values())
-    per_weight = sum(20 * layer.shape[0] * layer.shape[1] for layer in run.coverage.layers)
-    return weights + vectors + per_weight + 2 * SKETCH_BYTES_PER_ROW * run.rows.num_rows
+    return weights + max(map(factor_bytes, run.layer_groups)) + 2 * SKETCH_BYTES_PER_ROW * run.rows.num_rows
 
 
 def sequence_facts(opened: OpenedRun, name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from influence.answering import OptionsRefused, ignore
+from influence.answering import OptionsRefused
 from influence.errors import RequestError
 from influence.service.answers import Stopped, answers, kind_of, measure
 from influence.service.bodies import QueryBody
@@ -27,6 +27,7 @@ from influence.service.errors import ServiceError, busy, refused
 from influence.service.metrics import Metrics
 from influence.service.settings import Limits
 from influence.service.store import LEASE_SECONDS, Query, QueryStore, Question, new_id
+from influence.solving import ignore
 
 log = logging.getLogger("influence.service")
 

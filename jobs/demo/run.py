@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from indexing import query_rows
 from influence.answering import QueryOptions, num_candidates
-from influence.attribution import gradient_norms, query_gradients, solve
+from influence.attribution import gradient_norms, query_gradients
 from influence.config import Config, load_config
 from influence.errors import RequestError
 from influence.run import Run
 from influence.run_directory import RunDirectory, digest, write_json
+from influence.solving import solved
 from jobs.answers import answers_with_opponents, write_page
 from jobs.demo.facts import Question, questions, statements
 from jobs.demo.model import TrainingSettings, train_model, train_tokenizer
@@ -193,19 +193,20 @@ def measured(run: Run, asked: Sequence[Question]) -> tuple[dict[str, dict[str, d
 
 def scores_by_method(run: Run, asked: Sequence[Question]) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64]]:
     """[Q, N] scores of every training sequence by each method, and the completions' log-probabilities [Q]."""
-    found = query_gradients(run.attributed, [run.measure(question.prompt, question.completion) for question in asked])
-    rotated = {name: run.factors[name].rotate(gradient) for name, gradient in found.gradients.items()}
-    rows = query_rows(rotated, run.features, run.signs)
+    measurements = [run.measure(question.prompt, question.completion) for question in asked]
+    found = solved(run, run.attributed, measurements, None, rows=True)
+    assert found.rows is not None
     with bar("scanning all sequences with EK-FAC") as progress:
-        exact = run.exact_scores(solve(rotated, run.factors), progress=progress.advance)
+        exact = run.exact_scores(found.vectors, len(asked), progress.advance)
     with bar("scanning all sequences with plain gradients") as progress:
-        dots = run.exact_scores(found.gradients, progress=progress.advance)
+        gradients = [(run.attributed, query_gradients(run.attributed, measurements).gradients)]
+        dots = run.exact_scores(gradients, len(asked), progress.advance)
     norms = np.concatenate([gradient_norms(run.attributed, run.store.shard(shard)) for shard in range(run.store.num_shards)])
     lexical = np.stack([run.lexical.scores(question.prompt + question.completion, len(run.store)) for question in asked])
     scores = {
-        "normalized": answered(run, True, rows, exact * run.normalizing_weights),
+        "normalized": answered(run, True, found.rows, exact * run.normalizing_weights),
         "normalized_exact": exact * run.normalizing_weights,
-        "ekfac": answered(run, False, rows, exact),
+        "ekfac": answered(run, False, found.rows, exact),
         "exact": exact,
         "cosine": dots / norms,
         "bm25": lexical,
