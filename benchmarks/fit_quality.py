@@ -20,7 +20,7 @@ from transformers import GPT2LMHeadModel
 from ekfac import Damping, SequenceBatch, assemble, attributable_layers, covariance_pass, drawn_label_loss, eigenbasis, eigenvalue_pass
 from ekfac import reached_positions as mask
 from influence.attribution import AttributedModel, query_gradients, scan, solve
-from influence.batches import batch_budget, in_batches
+from influence.batches import batch_budget, in_batches, model_memory
 from influence.measurement import Measurement
 from influence.sequences import TrainingSequence
 
@@ -65,7 +65,7 @@ def scores(
     """EK-FAC scores [Q, N] with factors fitted on these sequences."""
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     layers = attributable_layers(model, lambda m: m(input_ids=torch.zeros((1, 2), dtype=torch.int64)), patterns).layers
-    budget = batch_budget(model, layers, 8 * 2**30, max(len(sequence.tokens) for sequence in train))
+    budget = batch_budget(model_memory(model, layers), 8 * 2**30, max(len(sequence.tokens) for sequence in train), "cpu")
     attributed, loss = AttributedModel(model=model, layers=layers, budget=budget, device=CPU), drawn_label_loss(0)
 
     def batches(sequences: list[TrainingSequence]) -> list[SequenceBatch]:

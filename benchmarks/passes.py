@@ -36,7 +36,7 @@ from ekfac import (
 )
 from indexing import RowFormat, feature_rows, feature_spec, row_length_within, spreaders
 from influence.attribution import AttributedModel, query_gradients, scan, score_sequences, solve
-from influence.batches import batch_budget, in_batches
+from influence.batches import batch_budget, in_batches, model_memory
 from influence.measurement import Measurement
 from influence.sequences import TrainingSequence
 
@@ -88,7 +88,7 @@ class Passes:
         device = default_device()
         example = torch.zeros((1, 2), dtype=torch.int64, device=device)
         self.layers = attributable_layers(model, lambda m: m(input_ids=example), patterns).layers
-        budget = batch_budget(model, self.layers, 16 * 2**30, len(sequences[0].tokens))
+        budget = batch_budget(model_memory(model, self.layers), 16 * 2**30, len(sequences[0].tokens), device.type)
         self.attributed = AttributedModel(model=model, layers=self.layers, budget=budget, device=device)
         self.batches = [batch for _, batch in in_batches(sequences, budget, device)]
         asked: Iterable[TrainingSequence] = (sequences[n % len(sequences)] for n in range(num_queries))

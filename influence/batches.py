@@ -52,16 +52,50 @@ class BatchBudget:
         )
 
 
-def layer_groups(model: nn.Module, layers: Sequence[Layer], memory_budget: int, sequence_length: int) -> list[tuple[Layer, ...]]:
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """What a worker holds, estimated from shapes: the model, factors of its layers, and what a batch takes."""
+
+    layers: tuple[Layer, ...]
+    model_bytes: int
+    bytes_per_token: int
+    bytes_per_sequence: int
+
+    def smallest(self, sequence_length: int) -> int:
+        """What the worker needs when layers are worked on one by one, in batches of one sequence."""
+        return self.model_bytes + max(factor_bytes([layer]) for layer in self.layers) + self.batch_bytes(sequence_length)
+
+    def batch_bytes(self, num_tokens: int, num_sequences: int = 1) -> int:
+        return num_tokens * self.bytes_per_token + num_sequences * self.bytes_per_sequence
+
+
+def memory_use(layers: Sequence[Layer], model_bytes: int, vocabulary: int) -> MemoryUse:
+    """The memory of a model with these layers."""
+    width = sum(_numbers_per_token(layer) for layer in layers)
+    return MemoryUse(
+        layers=tuple(layers),
+        model_bytes=model_bytes,
+        bytes_per_token=4 * (2 * width + 4 * vocabulary),
+        bytes_per_sequence=4 * 3 * max(min(layer.shape[0] * layer.shape[1], BLOCK_NUMBERS) for layer in layers),
+    )
+
+
+def model_memory(model: nn.Module, layers: Sequence[Layer]) -> MemoryUse:
+    """`memory_use` of this model, which may be one without weights."""
+    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return memory_use(layers, model_bytes, int(getattr(model.config, "vocab_size", 0)))
+
+
+def layer_groups(use: MemoryUse, memory_budget: int, sequence_length: int, device: str) -> list[tuple[Layer, ...]]:
     """The layers in their order, in as few groups as have factors that fit beside the model and a batch; one group where all of them do.
 
     A batch may be full, as far as it takes no more than a quarter of the memory beside the model, and holds one sequence at least.
     """
-    left, costs = memory_budget - _model_bytes(model), _batch_costs(model, layers)
-    room = left - max(costs.bytes_of(sequence_length), min(costs.bytes_of(costs.max_tokens), left // 4))
+    left = memory_budget - use.model_bytes
+    room = left - max(use.batch_bytes(sequence_length), min(use.batch_bytes(MAX_TOKENS[device]), left // 4))
     groups: list[list[Layer]] = []
     used = 0
-    for layer in layers:
+    for layer in use.layers:
         used += factor_bytes([layer])
         if not groups or used > room:
             groups.append([])
@@ -70,30 +104,22 @@ def layer_groups(model: nn.Module, layers: Sequence[Layer], memory_budget: int, 
     return [tuple(group) for group in groups]
 
 
-def batch_budget(model: nn.Module, layers: Sequence[Layer], memory_budget: int, sequence_length: int) -> BatchBudget:
-    """The budget for batches beside the model and the factors of any group of the layers.
+def batch_budget(use: MemoryUse, memory_budget: int, sequence_length: int, device: str) -> BatchBudget:
+    """The budget for batches beside the model and the factors of any group of the layers, on a device of this type.
 
     Raises RequestError when not even one sequence fits, with the budget that would do.
     """
-    groups, costs = layer_groups(model, layers, memory_budget, sequence_length), _batch_costs(model, layers)
-    budget = replace(costs, memory_bytes=memory_budget - _model_bytes(model) - max(map(factor_bytes, groups)))
-    if not budget.fits(1, sequence_length):
-        least = _model_bytes(model) + max(factor_bytes([layer]) for layer in layers) + costs.bytes_of(sequence_length)
+    if use.smallest(sequence_length) > memory_budget:
         raise RequestError(
-            f"resources.memory_budget is too small: the model, the factors of its largest layer and one sequence need {-(-least // 2**20):,} MiB "
-            "(--memory-budget raises it; factors.layers leaves layers out)"
+            "resources.memory_budget is too small: the model, the factors of its largest layer and one sequence need "
+            f"{-(-use.smallest(sequence_length) // 2**20):,} MiB (--memory-budget raises it; factors.layers leaves layers out)"
         )
-    return budget
-
-
-def _batch_costs(model: nn.Module, layers: Sequence[Layer]) -> BatchBudget:
-    """What tokens and sequences cost, in a budget without memory yet."""
-    width = sum(_numbers_per_token(layer) for layer in layers)
+    groups = layer_groups(use, memory_budget, sequence_length, device)
     return BatchBudget(
-        max_tokens=MAX_TOKENS[next(model.parameters()).device.type],
-        memory_bytes=0,
-        bytes_per_token=4 * (2 * width + 4 * int(getattr(model.config, "vocab_size", 0))),
-        bytes_per_sequence=4 * 3 * max(min(layer.shape[0] * layer.shape[1], BLOCK_NUMBERS) for layer in layers),
+        max_tokens=MAX_TOKENS[device],
+        memory_bytes=memory_budget - use.model_bytes - max(map(factor_bytes, groups)),
+        bytes_per_token=use.bytes_per_token,
+        bytes_per_sequence=use.bytes_per_sequence,
     )
 
 
@@ -115,10 +141,6 @@ def queries_at_once(budget: BatchBudget, layers: Sequence[Layer], copies: int = 
     sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
     batch = min(budget.memory_bytes // 2, budget.bytes_of(budget.max_tokens))
     return max(1, (budget.memory_bytes - batch) // (4 * (copies * sum(sizes) + 3 * max(sizes))))
-
-
-def _model_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _numbers_per_token(layer: Layer) -> int:

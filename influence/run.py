@@ -18,7 +18,7 @@ from influence import artifacts, optimizer_state
 from influence.answering import QueryOptions, answer
 from influence.artifacts import appended_fingerprint
 from influence.attribution import AttributedModel, Parts, scan
-from influence.batches import batch_budget, layer_groups
+from influence.batches import batch_budget, layer_groups, model_memory
 from influence.config import FactorsConfig, IndexConfig, ModelConfig
 from influence.errors import RequestError
 from influence.fidelity import Fidelity
@@ -143,7 +143,9 @@ class Run:
     @cached_property
     def layer_groups(self) -> list[tuple[Layer, ...]]:
         """The layers, as many at a time as have factors that fit into the memory budget together."""
-        return layer_groups(self.language_model.model, self.coverage.layers, self.memory_budget, self._sequence_length)
+        loaded = self.language_model
+        use = model_memory(loaded.model, self.coverage.layers)
+        return layer_groups(use, self.memory_budget, self._sequence_length, loaded.device.type)
 
     @property
     def _sequence_length(self) -> int:
@@ -153,7 +155,8 @@ class Run:
     def attributed(self) -> AttributedModel:
         """The model with its layers and what a batch may hold."""
         loaded, layers = self.language_model, self.coverage.layers
-        budget = batch_budget(loaded.model, layers, self.memory_budget, self._sequence_length)
+        use = model_memory(loaded.model, layers)
+        budget = batch_budget(use, self.memory_budget, self._sequence_length, loaded.device.type)
         return AttributedModel(model=loaded.model, layers=layers, budget=budget, device=loaded.device)
 
     def halve_batches(self) -> bool:

@@ -11,7 +11,7 @@ from small_run import POSITIONS, World, run_pipeline
 from torch import nn
 
 from influence import QueryOptions, RefineOptions, RequestError, Run, open_run
-from influence.batches import batch_budget, factor_bytes, layer_groups, queries_at_once
+from influence.batches import batch_budget, factor_bytes, layer_groups, model_memory, queries_at_once
 from influence.config import load_config
 from influence.result import InfluenceResult
 from influence.solving import solved
@@ -34,19 +34,21 @@ def divided(run: Run) -> Run:
 
 
 def test_every_layer_is_in_one_group_and_in_its_place(run: Run) -> None:
-    model, layers = run.language_model.model, run.coverage.layers
-    assert layer_groups(model, layers, 2**40, POSITIONS) == [layers]
+    layers = run.coverage.layers
+    use = model_memory(run.language_model.model, layers)
+    assert layer_groups(use, 2**40, POSITIONS, "cpu") == [layers]
     for budget in range(0, 4 * factor_bytes(layers), factor_bytes(layers) // 7):
-        groups = layer_groups(model, layers, budget, POSITIONS)
+        groups = layer_groups(use, budget, POSITIONS, "cpu")
         assert tuple(layer for group in groups for layer in group) == layers
 
 
 def test_a_group_leaves_memory_for_batches(run: Run) -> None:
     model, layers = run.language_model.model, run.coverage.layers
+    use = model_memory(model, layers)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     for budget in (LITTLE, 2 * LITTLE, 40 * LITTLE):
-        batches = batch_budget(model, layers, budget, POSITIONS)
-        for group in layer_groups(model, layers, budget, POSITIONS):
+        batches = batch_budget(use, budget, POSITIONS, "cpu")
+        for group in layer_groups(use, budget, POSITIONS, "cpu"):
             left = budget - weights - factor_bytes(group)
             assert len(group) == 1 or left >= (budget - weights) / 4 or left >= batches.bytes_of(batches.max_tokens)
             assert batches.fits(1, POSITIONS)
@@ -54,10 +56,11 @@ def test_a_group_leaves_memory_for_batches(run: Run) -> None:
 
 def test_vectors_of_queries_fit_beside_a_batch(run: Run) -> None:
     model, layers = run.language_model.model, run.coverage.layers
+    use = model_memory(model, layers)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     numbers = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     for budget in (2**23, 2**25, 2**30):
-        batches = batch_budget(model, layers, budget, POSITIONS)
+        batches = batch_budget(use, budget, POSITIONS, "cpu")
         count = queries_at_once(batches, layers)
         left = batches.beside(count, layers)
         assert weights + factor_bytes(layers) + 4 * count * numbers + left.memory_bytes <= budget
@@ -133,7 +136,7 @@ def test_refinement_that_needs_more_memory_is_refused(divided: Run) -> None:
 def test_a_budget_too_small_for_one_layer_is_refused_with_what_would_do(run: Run) -> None:
     model, layers = run.language_model.model, run.coverage.layers
     with pytest.raises(RequestError, match=r"the factors of its largest layer and one sequence need \d+ MiB"):
-        batch_budget(model, layers, 2**16, POSITIONS)
+        batch_budget(model_memory(model, layers), 2**16, POSITIONS, "cpu")
 
 
 def test_one_group_is_loaded_at_a_time(divided: Run) -> None:
