@@ -1,32 +1,54 @@
-"""Who does the units of a stage: this process, or workers on Ray. Both give the same results to rounding."""
+"""Who does the units of a stage: this process, or workers on Ray. Both give the same results to rounding.
+
+What passes between the process that directs the work and its workers is the work itself, once, and names of units: data, tokens, sums and rows go
+through the run directory.
+"""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from math import ceil
 from typing import Any, Protocol
 
 from influence.config import Config, ResourcesConfig
 from influence.errors import RequestError
 from influence.run import Run
+from jobs.progress import say
+from jobs.scheduler import Failure, Rules, Schedule
 from jobs.stages import STAGES, Stage, do_unit
 
 Done = Callable[[str], None]
 """Called with the name of each unit that is finished."""
 
+Failed = Callable[[Failure], None]
+"""Called with each try of a unit that came to nothing, whether there will be another or not."""
+
+LOOK_SECONDS = 1.0
+"""How often units that take too long are looked for."""
+
+NO_PLACE_SECONDS = 60.0
+
 
 class Executor(Protocol):
-    def do(self, stage: Stage, units: Sequence[str], done: Done) -> None:
-        """Does all the units, in any order. Raises the first failure."""
+    @property
+    def num_workers(self) -> int:
+        """How many there are now."""
+
+    def do(self, stage: Stage, sizes: Mapping[str, float], done: Done, failed: Failed) -> None:
+        """Does all the units, whose sizes are as `Stage.size` has them, in any order. Raises the failure that another try does not mend."""
 
 
 class InThisProcess:
-    """One unit after the other, on one loaded model."""
+    """One unit after the other, on one loaded model. The first failure is the last."""
+
+    num_workers = 1
 
     def __init__(self, run: Run, config: Config) -> None:
         self.run, self.config = run, config
 
-    def do(self, stage: Stage, units: Sequence[str], done: Done) -> None:
-        for unit in units:
+    def do(self, stage: Stage, sizes: Mapping[str, float], done: Done, failed: Failed) -> None:
+        for unit in sizes:
             do_unit(stage, self.run, self.config, unit)
             done(unit)
 
@@ -72,86 +94,213 @@ class Worker:
         return None
 
 
-class RayWorkers:
-    """Units flow to whichever worker is free. A worker that dies is replaced, and its unit done again, a few times."""
+def do_as_task(work: Work, num_threads: int, step: str, unit: str | None) -> str | None:
+    """A Ray task's side: as `Worker.do`, with nothing kept. Without a unit, returns once a task has a place to run."""
+    worker = Worker(work, num_threads)
+    return worker.do(step, unit) if unit is not None else None
 
-    TRIES = 3
 
-    def __init__(self, resources: ResourcesConfig, num_workers: int, work: Work) -> None:
+class Places(Protocol):
+    """Where units are done, one at a time at each place. What is returned are references to what will be there."""
+
+    def start(self, place: int) -> Any:
+        """Of nothing, once work can be done there."""
+
+    def do(self, place: int, step: str, unit: str) -> Any:
+        """Of what `Worker.do` returns."""
+
+    def end(self, place: int) -> None:
+        """Stops what is done there, and gives back what it held. It can be started again."""
+
+    def close(self) -> None:
+        """Ends all places."""
+
+
+class ActorPlaces:
+    """One actor at each place, which keeps what it has loaded from unit to unit and from step to step."""
+
+    def __init__(self, work: Work, num_threads: int, **options: Any) -> None:
         import ray
 
-        self._ray, self._work = ray, work
-        share = ray.cluster_resources().get("CPU", 1) / num_workers
-        threads = max(1, int(share))
-        # More workers than CPUs share them: asking for a whole one each would leave some waiting for ever.
-        gpus = self._gpus_per_worker(resources.gpus_per_worker, num_workers)
-        if resources.address is None and gpus * num_workers > ray.cluster_resources().get("GPU", 0):
+        self._ray: Any = ray
+        self._actor, self._arguments = ray.remote(Worker).options(**options), (work, num_threads)
+        self.actors: dict[int, Any] = {}
+
+    def start(self, place: int) -> Any:
+        if place not in self.actors:
+            self.actors[place] = self._actor.remote(*self._arguments)
+        return self.actors[place].ready.remote()
+
+    def do(self, place: int, step: str, unit: str) -> Any:
+        return self.actors[place].do.remote(step, unit)
+
+    def end(self, place: int) -> None:
+        self._ray.kill(self.actors.pop(place))
+
+    def close(self) -> None:
+        for place in list(self.actors):
+            self.end(place)
+
+
+class TaskPlaces:
+    """One task after the other at each place: nothing is kept, and whatever node has room takes the next."""
+
+    def __init__(self, work: Work, num_threads: int, **options: Any) -> None:
+        import ray
+
+        self._ray: Any = ray
+        self._task, self._arguments = ray.remote(do_as_task).options(max_retries=0, **options), (work, num_threads)
+        self._latest: dict[int, Any] = {}
+
+    def start(self, place: int) -> Any:
+        self._latest[place] = self._task.remote(*self._arguments, "", None)
+        return self._latest[place]
+
+    def do(self, place: int, step: str, unit: str) -> Any:
+        self._latest[place] = self._task.remote(*self._arguments, step, unit)
+        return self._latest[place]
+
+    def end(self, place: int) -> None:
+        self._ray.cancel(self._latest.pop(place), force=True)
+
+    def close(self) -> None:
+        for place in list(self._latest):
+            self.end(place)
+
+
+class RayWorkers:
+    """Units flow to whichever worker is free, as `jobs.scheduler` says. One that dies, or whose unit fails, is replaced: what it holds may be broken.
+
+    Workers for which the cluster has no room keep nothing waiting, and join when there is some.
+    """
+
+    def __init__(self, resources: ResourcesConfig, num_workers: int, work: Work, rules: Rules | None = None) -> None:
+        import ray
+
+        self._ray, self._work, self._rules, self._num_places = ray, work, rules or Rules(), num_workers
+        capacity = [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]]
+        gpus_here = sum(gpus for _, gpus in capacity)
+        # A worker sees only the GPUs that it asks for, so one is asked for wherever there are enough.
+        gpus = resources.gpus_per_worker if resources.gpus_per_worker is not None else float(gpus_here >= num_workers)
+        if resources.address is None and gpus * num_workers > gpus_here:
             raise RequestError(
                 f"{num_workers} workers with {gpus:g} GPUs each do not fit on this machine: lower resources.gpus_per_worker or workers"
             )
-        options = {"num_cpus": min(share, threads), "num_gpus": gpus}
-        self._new_worker: Any = ray.remote(Worker).options(**options)
-        self._threads = threads
-        self.workers: list[Any] = [self._start() for _ in range(num_workers)]
-
-    def _gpus_per_worker(self, wanted: float | None, num_workers: int) -> float:
-        """A worker sees only the GPUs that it asks for, so one is asked for wherever there are enough."""
-        return wanted if wanted is not None else float(self._ray.cluster_resources().get("GPU", 0) >= num_workers)
-
-    def _start(self) -> Any:
-        return self._new_worker.remote(self._work, self._threads)
+        cpus = cpus_per_worker(capacity, num_workers, gpus)
+        self._threads, self._options = max(1, int(cpus)), {"num_cpus": cpus, "num_gpus": gpus}
+        self.num_workers = 0
+        self.places = ActorPlaces(work, self._threads, **self._options)
 
     def close(self) -> None:
         """Ends the workers, and gives back what they held."""
-        for worker in self.workers:
-            self._ray.kill(worker)
+        self.places.close()
 
-    def do_all(self, step: str, units: Sequence[str], done: Done) -> None:
-        """Does all the units of a step, in any order. Raises the first failure."""
-        waiting = [(unit, 1) for unit in reversed(units)]
-        # Units go to workers that run already: one that the cluster has no place for keeps nothing waiting.
-        idle: list[Any] = []
-        starting = {worker.ready.remote(): worker for worker in self.workers}
-        running: dict[Any, tuple[Any, str, int]] = {}
+    def do_all(self, step: str, sizes: Mapping[str, float], done: Done, failed: Failed) -> None:
+        """Does all the units of a step, in any order.
+
+        Raises RequestError at once when the request was wrong. Raises RuntimeError for a unit that failed at every try, when what is under
+        way has come to its end, and when no worker can be started.
+        """
+        self._do_at(self.places, step, sizes, done, failed)
+
+    def do_all_as_tasks(self, step: str, sizes: Mapping[str, float], done: Done, failed: Failed) -> None:
+        """As `do_all`, by tasks that get what the workers held, who end."""
+        self.close()
+        tasks = TaskPlaces(self._work, self._threads, **self._options)
         try:
-            while waiting or running:
-                while waiting and idle:
-                    worker, (unit, attempt) = idle.pop(), waiting.pop()
-                    running[worker.do.remote(step, unit)] = (worker, unit, attempt)
-                finished, _ = self._ray.wait([*running, *starting], num_returns=1)
-                if finished[0] in starting:
-                    idle.append(starting.pop(finished[0]))  # whether it did start shows with its first unit
-                    continue
-                worker, unit, attempt = running.pop(finished[0])
-                try:
-                    refusal = self._ray.get(finished[0])
-                except self._ray.exceptions.RayActorError as error:
-                    if attempt == self.TRIES:
-                        raise RuntimeError(f"{step}/{unit} failed {attempt} times; last: {_first_line(error)}") from error
-                    self._ray.kill(worker)  # it may still hold its place, if it was only unreachable
-                    self.workers[self.workers.index(worker)] = fresh = self._start()
-                    starting[fresh.ready.remote()] = fresh
-                    waiting.append((unit, attempt + 1))
-                    continue
-                except self._ray.exceptions.RayTaskError as error:
-                    raise RuntimeError(f"{step}/{unit}: {_first_line(error.cause)}") from error
-                if refusal is not None:
-                    raise RequestError(refusal)
-                idle.append(worker)
-                done(unit)
+            self._do_at(tasks, step, sizes, done, failed)
         finally:
-            for reference in running:
-                self._ray.cancel(reference, force=False)
+            tasks.close()
+
+    def _do_at(self, places: Places, step: str, sizes: Mapping[str, float], done: Done, failed: Failed) -> None:
+        schedule = Schedule(sizes, self._num_places, self._rules)
+        starting = {places.start(place): place for place in range(self._num_places)}
+        running: dict[Any, int] = {}
+        say_at: float | None = time.monotonic() + NO_PLACE_SECONDS
+
+        def start_again(place: int) -> None:
+            places.end(place)
+            starting[places.start(place)] = place
+
+        try:
+            while not schedule.ended(time.monotonic()):
+                running |= {places.do(place, step, unit): place for place, unit in schedule.begin(time.monotonic())}
+                finished, _ = self._ray.wait([*running, *starting], num_returns=1, timeout=LOOK_SECONDS)
+                if say_at is not None and time.monotonic() > say_at and not schedule.num_places:
+                    say(f"{step}: no node has room for a worker ({self._room}) yet; waiting for one")
+                    say_at = None
+                for reference in finished:
+                    reason = self._reason(reference)
+                    if reference in starting:
+                        place = starting.pop(reference)
+                        if reason is None:
+                            schedule.joined(place)
+                        elif schedule.not_started(place, reason):
+                            start_again(place)
+                        continue
+                    place = running.pop(reference)
+                    if reason is None:
+                        unit, in_vain = schedule.finished(place, time.monotonic())
+                        running = {other: at for other, at in running.items() if at not in in_vain}
+                        for other in in_vain:
+                            start_again(other)
+                        done(unit)
+                    else:
+                        failure = schedule.failed(place, reason)
+                        start_again(place)
+                        failed(failure)
+                self.num_workers = schedule.num_places
+        finally:
+            for place in running.values():
+                places.end(place)
+        if schedule.failure is not None:
+            lost = schedule.failure
+            raise RuntimeError(f"{step}/{lost.unit} failed {lost.attempt} times; last: {lost.reason}")
+        if schedule.unstarted is not None:
+            raise RuntimeError(f"{step}: no worker ({self._room}) can be started: {schedule.unstarted}")
+
+    @property
+    def _room(self) -> str:
+        return f"of {self._options['num_cpus']:g} CPUs and {self._options['num_gpus']:g} GPUs"
+
+    def _reason(self, reference: Any) -> str | None:
+        """Why what was referred to failed; None when it did not. Raises RequestError when the request was wrong."""
+        try:
+            refusal = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            return f"{type(error.cause).__name__}: {_first_line(error.cause)}"
+        except self._ray.exceptions.RayError as error:
+            return f"the worker was lost: {_first_line(error)}"
+        if refusal is not None:
+            raise RequestError(refusal)
+        return None
+
+
+def cpus_per_worker(nodes: Sequence[tuple[float, float]], num_workers: int, gpus: float) -> float:
+    """The most CPUs with which all the workers have room at once on nodes of (CPUs, GPUs), or as many of them as there are GPUs for.
+
+    Whole ones; a fraction where workers are more than CPUs, for asking for one each would leave some waiting for ever. 1 where there is no node yet.
+    """
+
+    def room(cpus: float) -> int:
+        return sum(int(min(own // cpus, own_gpus // gpus if gpus else own // cpus)) for own, own_gpus in nodes)
+
+    nodes = [(own, own_gpus) for own, own_gpus in nodes if own >= 1 and own_gpus >= gpus]
+    if not nodes:
+        return 1.0
+    wanted = min(num_workers, sum(int(own // gpus) for _, own in nodes)) if gpus else num_workers
+    whole = next((cpus for cpus in range(int(max(nodes)[0]), 0, -1) if room(cpus) >= wanted), None)
+    return float(whole) if whole is not None else 1 / ceil(wanted / sum(int(own) for own, _ in nodes))
 
 
 class OnRay(RayWorkers):
-    """The stages of a run, by workers that each open it."""
+    """The stages of a run, by workers that each open it; those that need no model, by tasks."""
 
-    def __init__(self, config: Config, num_workers: int) -> None:
-        super().__init__(config.resources, num_workers, StageWork(config))
+    def __init__(self, config: Config, num_workers: int, rules: Rules | None = None) -> None:
+        super().__init__(config.resources, num_workers, StageWork(config), rules)
 
-    def do(self, stage: Stage, units: Sequence[str], done: Done) -> None:
-        self.do_all(stage.name, units, done)
+    def do(self, stage: Stage, sizes: Mapping[str, float], done: Done, failed: Failed) -> None:
+        (self.do_all if stage.needs_model else self.do_all_as_tasks)(stage.name, sizes, done, failed)
 
 
 def ray_cluster(config: Config) -> AbstractContextManager[int]:
