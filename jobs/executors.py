@@ -4,6 +4,7 @@ What passes between the process that directs the work and its workers is the wor
 through the run directory.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,16 +62,27 @@ class Work(Protocol):
 
 
 class StageWork:
-    """The stages of a run, on a run that is opened once."""
+    """The stages of a run, on a run that is opened once; where no model is needed, with none in memory."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.run: Run | None = None
 
     def do(self, step: str, unit: str) -> None:
+        stage = next(stage for stage in STAGES if stage.name == step)
+        if self.run is not None and not stage.needs_model and "language_model" in vars(self.run):
+            self._forget()
         if self.run is None:
             self.run = Run(self.config.run.dir, memory_budget=self.config.resources.memory_budget)
-        do_unit(next(stage for stage in STAGES if stage.name == step), self.run, self.config, unit)
+        do_unit(stage, self.run, self.config, unit)
+
+    def _forget(self) -> None:
+        """Gives back the memory of what was loaded, which a process of its own would do too, and take seconds to start."""
+        import torch
+
+        self.run = None
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class Worker:
@@ -94,80 +106,6 @@ class Worker:
         return None
 
 
-def do_as_task(work: Work, num_threads: int, step: str, unit: str | None) -> str | None:
-    """A Ray task's side: as `Worker.do`, with nothing kept. Without a unit, returns once a task has a place to run."""
-    worker = Worker(work, num_threads)
-    return worker.do(step, unit) if unit is not None else None
-
-
-class Places(Protocol):
-    """Where units are done, one at a time at each place. What is returned are references to what will be there."""
-
-    def start(self, place: int) -> Any:
-        """Of nothing, once work can be done there."""
-
-    def do(self, place: int, step: str, unit: str) -> Any:
-        """Of what `Worker.do` returns."""
-
-    def end(self, place: int) -> None:
-        """Stops what is done there, and gives back what it held. It can be started again."""
-
-    def close(self) -> None:
-        """Ends all places."""
-
-
-class ActorPlaces:
-    """One actor at each place, which keeps what it has loaded from unit to unit and from step to step."""
-
-    def __init__(self, work: Work, num_threads: int, **options: Any) -> None:
-        import ray
-
-        self._ray: Any = ray
-        self._actor, self._arguments = ray.remote(Worker).options(**options), (work, num_threads)
-        self.actors: dict[int, Any] = {}
-
-    def start(self, place: int) -> Any:
-        if place not in self.actors:
-            self.actors[place] = self._actor.remote(*self._arguments)
-        return self.actors[place].ready.remote()
-
-    def do(self, place: int, step: str, unit: str) -> Any:
-        return self.actors[place].do.remote(step, unit)
-
-    def end(self, place: int) -> None:
-        self._ray.kill(self.actors.pop(place))
-
-    def close(self) -> None:
-        for place in list(self.actors):
-            self.end(place)
-
-
-class TaskPlaces:
-    """One task after the other at each place: nothing is kept, and whatever node has room takes the next."""
-
-    def __init__(self, work: Work, num_threads: int, **options: Any) -> None:
-        import ray
-
-        self._ray: Any = ray
-        self._task, self._arguments = ray.remote(do_as_task).options(max_retries=0, **options), (work, num_threads)
-        self._latest: dict[int, Any] = {}
-
-    def start(self, place: int) -> Any:
-        self._latest[place] = self._task.remote(*self._arguments, "", None)
-        return self._latest[place]
-
-    def do(self, place: int, step: str, unit: str) -> Any:
-        self._latest[place] = self._task.remote(*self._arguments, step, unit)
-        return self._latest[place]
-
-    def end(self, place: int) -> None:
-        self._ray.cancel(self._latest.pop(place), force=True)
-
-    def close(self) -> None:
-        for place in list(self._latest):
-            self.end(place)
-
-
 class RayWorkers:
     """Units flow to whichever worker is free, as `jobs.scheduler` says. One that dies, or whose unit fails, is replaced: what it holds may be broken.
 
@@ -177,7 +115,8 @@ class RayWorkers:
     def __init__(self, resources: ResourcesConfig, num_workers: int, work: Work, rules: Rules | None = None) -> None:
         import ray
 
-        self._ray, self._work, self._rules, self._num_places = ray, work, rules or Rules(), num_workers
+        self._ray: Any = ray
+        self._rules, self._num_places = rules or Rules(), num_workers
         capacity = [(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]]
         gpus_here = sum(gpus for _, gpus in capacity)
         # A worker sees only the GPUs that it asks for, so one is asked for wherever there are enough.
@@ -187,13 +126,26 @@ class RayWorkers:
                 f"{num_workers} workers with {gpus:g} GPUs each do not fit on this machine: lower resources.gpus_per_worker or workers"
             )
         cpus = cpus_per_worker(capacity, num_workers, gpus)
-        self._threads, self._options = max(1, int(cpus)), {"num_cpus": cpus, "num_gpus": gpus}
+        self._room = f"{cpus:g} CPUs and {gpus:g} GPUs"
+        self._new_worker: Any = ray.remote(Worker).options(num_cpus=cpus, num_gpus=gpus)
+        self._arguments = (work, max(1, int(cpus)))
+        self.workers: dict[int, Any] = {}  # by place: whichever node has room for the worker of that number
         self.num_workers = 0
-        self.places = ActorPlaces(work, self._threads, **self._options)
+
+    def _start(self, place: int) -> Any:
+        """A reference that is there once the worker has a place to run."""
+        if place not in self.workers:
+            self.workers[place] = self._new_worker.remote(*self._arguments)
+        return self.workers[place].ready.remote()
+
+    def _end(self, place: int) -> None:
+        """Ends the worker whatever it does, and gives back what it held."""
+        self._ray.kill(self.workers.pop(place))
 
     def close(self) -> None:
         """Ends the workers, and gives back what they held."""
-        self.places.close()
+        for place in list(self.workers):
+            self._end(place)
 
     def do_all(self, step: str, sizes: Mapping[str, float], done: Done, failed: Failed) -> None:
         """Does all the units of a step, in any order.
@@ -201,33 +153,21 @@ class RayWorkers:
         Raises RequestError at once when the request was wrong. Raises RuntimeError for a unit that failed at every try, when what is under
         way has come to its end, and when no worker can be started.
         """
-        self._do_at(self.places, step, sizes, done, failed)
-
-    def do_all_as_tasks(self, step: str, sizes: Mapping[str, float], done: Done, failed: Failed) -> None:
-        """As `do_all`, by tasks that get what the workers held, who end."""
-        self.close()
-        tasks = TaskPlaces(self._work, self._threads, **self._options)
-        try:
-            self._do_at(tasks, step, sizes, done, failed)
-        finally:
-            tasks.close()
-
-    def _do_at(self, places: Places, step: str, sizes: Mapping[str, float], done: Done, failed: Failed) -> None:
         schedule = Schedule(sizes, self._num_places, self._rules)
-        starting = {places.start(place): place for place in range(self._num_places)}
+        starting = {self._start(place): place for place in range(self._num_places)}
         running: dict[Any, int] = {}
         say_at: float | None = time.monotonic() + NO_PLACE_SECONDS
 
         def start_again(place: int) -> None:
-            places.end(place)
-            starting[places.start(place)] = place
+            self._end(place)
+            starting[self._start(place)] = place
 
         try:
             while not schedule.ended(time.monotonic()):
-                running |= {places.do(place, step, unit): place for place, unit in schedule.begin(time.monotonic())}
+                running |= {self.workers[place].do.remote(step, unit): place for place, unit in schedule.begin(time.monotonic())}
                 finished, _ = self._ray.wait([*running, *starting], num_returns=1, timeout=LOOK_SECONDS)
                 if say_at is not None and time.monotonic() > say_at and not schedule.num_places:
-                    say(f"{step}: no node has room for a worker ({self._room}) yet; waiting for one")
+                    say(f"{step}: no node has room for a worker yet ({self._room}); waiting for one")
                     say_at = None
                 for reference in finished:
                     reason = self._reason(reference)
@@ -237,6 +177,8 @@ class RayWorkers:
                             schedule.joined(place)
                         elif schedule.not_started(place, reason):
                             start_again(place)
+                        else:
+                            self._end(place)
                         continue
                     place = running.pop(reference)
                     if reason is None:
@@ -252,16 +194,12 @@ class RayWorkers:
                 self.num_workers = schedule.num_places
         finally:
             for place in running.values():
-                places.end(place)
+                self._end(place)
         if schedule.failure is not None:
             lost = schedule.failure
             raise RuntimeError(f"{step}/{lost.unit} failed {lost.attempt} times; last: {lost.reason}")
         if schedule.unstarted is not None:
             raise RuntimeError(f"{step}: no worker ({self._room}) can be started: {schedule.unstarted}")
-
-    @property
-    def _room(self) -> str:
-        return f"of {self._options['num_cpus']:g} CPUs and {self._options['num_gpus']:g} GPUs"
 
     def _reason(self, reference: Any) -> str | None:
         """Why what was referred to failed; None when it did not. Raises RequestError when the request was wrong."""
@@ -294,13 +232,13 @@ def cpus_per_worker(nodes: Sequence[tuple[float, float]], num_workers: int, gpus
 
 
 class OnRay(RayWorkers):
-    """The stages of a run, by workers that each open it; those that need no model, by tasks."""
+    """The stages of a run, by workers that each open it."""
 
     def __init__(self, config: Config, num_workers: int, rules: Rules | None = None) -> None:
         super().__init__(config.resources, num_workers, StageWork(config), rules)
 
     def do(self, stage: Stage, sizes: Mapping[str, float], done: Done, failed: Failed) -> None:
-        (self.do_all if stage.needs_model else self.do_all_as_tasks)(stage.name, sizes, done, failed)
+        self.do_all(stage.name, sizes, done, failed)
 
 
 def ray_cluster(config: Config) -> AbstractContextManager[int]:

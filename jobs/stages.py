@@ -72,7 +72,7 @@ class Stage:
     """How much work a unit is, more than 0, in a measure that is the same for all units of the stage: its sequences, in passes over these."""
     over_sequences: bool = False
     needs_model: bool = True
-    """Whether a unit is for a worker that holds the model. Those of other stages leave nothing in memory."""
+    """Whether its units use the model, which is worth keeping in memory for the next one. Where they do not, the memory is theirs."""
 
 
 def create_run(config: Config) -> None:
