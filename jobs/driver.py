@@ -36,9 +36,9 @@ def run_all(config: Config, until: str | None = None) -> Run:
     if until is not None and until not in names:
         raise RequestError(f"--until: there is no stage {until!r}; there are: {', '.join(names)}")
     create_run(config)
+    executor: Executor | None = None
     with RunDirectory(Path(config.run.dir)).exclusive(), ExitStack() as stack:
         run = Run(config.run.dir, memory_budget=config.resources.memory_budget)
-        executor: Executor | None = None
         for stage in STAGES[: 1 + names.index(until)] if until else STAGES:
             units = stage.units(run)
             missing = [unit for unit in units if not run.directory.is_done(stage.name, unit, run.fingerprints[stage.name])]
@@ -56,6 +56,9 @@ def run_all(config: Config, until: str | None = None) -> Run:
             some = ", ".join(run.training.summary["left_out"][:3]) + (", …" if left_out > 3 else "")
             noun = "sequence" if left_out == 1 else "sequences"
             say(f"left out {left_out} {noun} without a counted token (nothing in them is predicted): {some}")
+    if isinstance(executor, OnRay):
+        with run.directory.exclusive():  # which clears what workers that were ended left half-written
+            pass
     return run
 
 

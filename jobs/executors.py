@@ -191,6 +191,8 @@ class RayWorkers:
                         failure = schedule.failed(place, reason)
                         start_again(place)
                         failed(failure)
+                        if failure is schedule.failure and running:
+                            say(f"{step}: nothing more is begun; waiting for the {len(running)} units under way")
                 self.num_workers = schedule.num_places
         finally:
             for place in running.values():
