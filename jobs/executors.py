@@ -28,7 +28,8 @@ Failed = Callable[[Failure], None]
 LOOK_SECONDS = 1.0
 """How often units that take too long are looked for."""
 
-NO_PLACE_SECONDS = 60.0
+START_SECONDS = 60.0
+"""After this long without any worker, people are told what is waited for."""
 
 
 class Executor(Protocol):
@@ -156,7 +157,7 @@ class RayWorkers:
         schedule = Schedule(sizes, self._num_places, self._rules)
         starting = {self._start(place): place for place in range(self._num_places)}
         running: dict[Any, int] = {}
-        say_at: float | None = time.monotonic() + NO_PLACE_SECONDS
+        say_at: float | None = time.monotonic() + START_SECONDS
 
         def start_again(place: int) -> None:
             self._end(place)
@@ -166,8 +167,8 @@ class RayWorkers:
             while not schedule.ended(time.monotonic()):
                 running |= {self.workers[place].do.remote(step, unit): place for place, unit in schedule.begin(time.monotonic())}
                 finished, _ = self._ray.wait([*running, *starting], num_returns=1, timeout=LOOK_SECONDS)
-                if say_at is not None and time.monotonic() > say_at and not schedule.num_places:
-                    say(f"{step}: no node has room for a worker yet ({self._room}); waiting for one")
+                if say_at is not None and time.monotonic() > say_at:
+                    say(f"{step}: waiting for a worker to start; each needs a node with {self._room}")
                     say_at = None
                 for reference in finished:
                     reason = self._reason(reference)
@@ -175,6 +176,7 @@ class RayWorkers:
                         place = starting.pop(reference)
                         if reason is None:
                             schedule.joined(place)
+                            say_at = None
                         elif schedule.not_started(place, reason):
                             start_again(place)
                         else:
