@@ -1,17 +1,28 @@
-"""A whole run: every stage that is not yet done, in order, on an executor, with progress for people and for `influence status`."""
+"""A whole run: every stage that is not yet done, in order, on an executor, with progress for people and for `influence status`.
+
+Knows of a run what its records say: how many sequences and tokens there are, which layers, which units are done. Sequences, sums and rows it
+never reads.
+"""
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from influence.config import Config
 from influence.errors import RequestError
 from influence.run import Run
 from influence.run_directory import RunDirectory
 from jobs.executors import Executor, InThisProcess, OnRay, ray_cluster
-from jobs.progress import bar, say
+from jobs.progress import Bar, bar, say
+from jobs.scheduler import Failure
 from jobs.stages import STAGES, Stage, create_run
+
+MOST_FAILURES = 20
+"""How many of the latest failures progress.json has."""
 
 
 def run_all(config: Config, until: str | None = None) -> Run:
@@ -25,9 +36,9 @@ def run_all(config: Config, until: str | None = None) -> Run:
     if until is not None and until not in names:
         raise RequestError(f"--until: there is no stage {until!r}; there are: {', '.join(names)}")
     create_run(config)
+    executor: Executor | None = None
     with RunDirectory(Path(config.run.dir)).exclusive(), ExitStack() as stack:
         run = Run(config.run.dir, memory_budget=config.resources.memory_budget)
-        executor: Executor | None = None
         for stage in STAGES[: 1 + names.index(until)] if until else STAGES:
             units = stage.units(run)
             missing = [unit for unit in units if not run.directory.is_done(stage.name, unit, run.fingerprints[stage.name])]
@@ -45,6 +56,9 @@ def run_all(config: Config, until: str | None = None) -> Run:
             some = ", ".join(run.training.summary["left_out"][:3]) + (", …" if left_out > 3 else "")
             noun = "sequence" if left_out == 1 else "sequences"
             say(f"left out {left_out} {noun} without a counted token (nothing in them is predicted): {some}")
+    if isinstance(executor, OnRay):
+        with run.directory.exclusive():  # which clears what workers that were ended left half-written
+            pass
     return run
 
 
@@ -57,28 +71,52 @@ def _executor(config: Config, run: Run, stack: ExitStack) -> Executor:
 
 
 def _do_stage(stage: Stage, units: Sequence[str], missing: Sequence[str], run: Run, executor: Executor) -> None:
-    start, before = time.time(), len(units) - len(missing)
-    finished = before
+    with bar(stage.title) as shown:
+        progress = Progress(stage, run, len(units), {unit: stage.size(run, unit) for unit in missing}, executor, shown)
+        executor.do(stage, progress.sizes, progress.done, progress.failed)
 
-    def done(_: str) -> None:
-        nonlocal finished
-        finished += 1
-        per_second = (finished - before) / max(time.time() - start, 1e-9)
-        run.directory.write_progress(
-            {
-                "stage": stage.name,
-                "done": finished,
-                "total": len(units),
-                "units_per_second": per_second,
-                "seconds_left": (len(units) - finished) / per_second,
-                "updated": time.time(),
-            }
-        )
-        progress.advance(finished, len(units))
 
-    with bar(stage.title) as progress:
-        progress.advance(before, len(units))
-        executor.do(stage, missing, done)
+class Progress:
+    """How a stage comes along, for people and for progress.json."""
+
+    def __init__(self, stage: Stage, run: Run, num_units: int, sizes: Mapping[str, float], executor: Executor, shown: Bar) -> None:
+        """`sizes`: of the units that are not done yet."""
+        self.stage, self.run, self.num_units, self.sizes, self.executor, self.shown = stage, run, num_units, sizes, executor, shown
+        self.start, self.whole_size = time.time(), sum(sizes.values())
+        self.num_done, self.size_done = 0, 0.0
+        self.num_failed = 0
+        self.failures: deque[Failure] = deque(maxlen=MOST_FAILURES)
+        self.shown.advance(num_units - len(sizes), num_units)
+
+    def done(self, unit: str) -> None:
+        self.num_done += 1
+        self.size_done += self.sizes[unit]
+        self._tell()
+
+    def failed(self, failure: Failure) -> None:
+        self.num_failed += 1
+        self.failures.append(failure)
+        say(f"{self.stage.name}/{failure.unit} failed (try {failure.attempt}): {failure.reason}")
+        self._tell()
+
+    def _tell(self) -> None:
+        now = time.time()
+        seconds, finished = max(now - self.start, 1e-9), self.num_units - len(self.sizes) + self.num_done
+        facts: dict[str, Any] = {
+            "stage": self.stage.name,
+            "done": finished,
+            "total": self.num_units,
+            "units_per_second": self.num_done / seconds,
+        }
+        if self.stage.over_sequences:
+            tokens_per_sequence = self.run.training.summary["tokens"] / len(self.run.training)
+            facts["tokens_per_second"] = self.size_done * tokens_per_sequence / seconds
+        if self.size_done:
+            facts["seconds_left"] = (self.whole_size - self.size_done) / self.size_done * seconds
+        facts |= {"updated": now, "workers": self.executor.num_workers, "retries": self.num_failed}
+        self.run.directory.write_progress(facts | {"failures": [asdict(failure) for failure in self.failures]})
+        note = f"{facts['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in facts else ""
+        self.shown.advance(finished, self.num_units, note)
 
 
 def stage_states(run: Run) -> dict[str, dict[str, object]]:

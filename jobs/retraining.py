@@ -4,7 +4,7 @@ A unit is (subset, seed): one model, trained and measured, of which the losses o
 workers do them in any order, a second call goes on where the first was stopped, and of more subsets or seeds only the new ones are work.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,7 +23,8 @@ from influence.run import Run
 from influence.run_directory import digest, write_json
 from influence.sequences import TrainingSequence
 from jobs.executors import Done, RayWorkers, ray_connection
-from jobs.progress import bar
+from jobs.progress import bar, say
+from jobs.scheduler import Failure
 
 FORMAT = 1
 """Version of how a model is trained and measured. Another one starts anew."""
@@ -156,7 +157,7 @@ def retrain(run: Run, retraining: Retraining, num_subsets: int, num_seeds: int, 
                 finished += 1
                 progress.advance(finished, len(units))
 
-            do_all(missing, done)
+            do_all(dict.fromkeys(missing, 1.0), done)
         directory = run.directory.path / retraining.place
         write_json(directory / "retraining.json", _record(retraining))
         path = directory / f"bank-{num_subsets}-subsets-{num_seeds}-seeds.npz"
@@ -176,11 +177,11 @@ def _record(retraining: Retraining) -> dict[str, Any]:
     }
 
 
-def _executor(retraining: Retraining, resources: ResourcesConfig, stack: ExitStack) -> Callable[[Sequence[str], Done], None]:
+def _executor(retraining: Retraining, resources: ResourcesConfig, stack: ExitStack) -> Callable[[Mapping[str, float], Done], None]:
     work = RetrainingWork(retraining)
     if resources.workers == 0 and resources.address is None:
 
-        def in_this_process(units: Sequence[str], done: Done) -> None:
+        def in_this_process(units: Mapping[str, float], done: Done) -> None:
             for unit in units:
                 work.do("retraining", unit)
                 done(unit)
@@ -188,7 +189,11 @@ def _executor(retraining: Retraining, resources: ResourcesConfig, stack: ExitSta
         return in_this_process
     workers = RayWorkers(resources, stack.enter_context(ray_connection(resources)), work)
     stack.callback(workers.close)
-    return lambda units, done: workers.do_all("retraining", units, done)
+
+    def failed(failure: Failure) -> None:
+        say(f"{failure.unit} failed (try {failure.attempt}): {failure.reason}")
+
+    return lambda units, done: workers.do_all("retraining", units, done, failed)
 
 
 def _bank(run: Run, retraining: Retraining, num_subsets: int, num_seeds: int) -> Bank:

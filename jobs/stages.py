@@ -7,7 +7,7 @@ directory and returns how to write its own output; who calls it, in which proces
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 
@@ -68,6 +68,11 @@ class Stage:
     title: str
     units: Callable[[Run], Sequence[str]]
     work: Callable[[Run, Config, str], Write]
+    size: Callable[[Run, str], float] = lambda *_: 1.0
+    """How much work a unit is, more than 0, in a measure that is the same for all units of the stage: its sequences, in passes over these."""
+    over_sequences: bool = False
+    needs_model: bool = True
+    """Whether its units use the model, which is worth keeping in memory for the next one. Where they do not, the memory is theirs."""
 
 
 def create_run(config: Config) -> None:
@@ -127,6 +132,10 @@ def _shard_number(unit: str) -> int:
     return int(unit.removeprefix("part-"))
 
 
+def _shard_size(run: Run, unit: str) -> float:
+    return float(run.training.summary["shards"][_shard_number(unit)])
+
+
 def _sequences(run: Run, config: Config, _: str) -> Write:
     def write(directory: Path) -> None:
         sequences = tokenize(read_documents(config.data), run.tokenizer, config.data)
@@ -160,10 +169,19 @@ def _fit_groups(run: Run) -> Sequence[str]:
     return [f"part-{group:05d}" for group in range(min(MOST_FIT_GROUPS, run.training.num_shards))]
 
 
+def _fit_shards(run: Run, unit: str) -> list[int]:
+    return list(np.array_split(np.arange(run.training.num_shards), len(_fit_groups(run)))[_shard_number(unit)].tolist())
+
+
+def _fit_size(stage: str, run: Run, unit: str) -> float:
+    """About how many sequences of these shards are chosen: whoever directs the work does not read the ids that would tell."""
+    share = min(1.0, run.fitted_on[stage] / len(run.training))
+    return share * sum(int(run.training.summary["shards"][shard]) for shard in _fit_shards(run, unit))
+
+
 def _fit_batches(run: Run, stage: str, unit: str) -> Iterator[SequenceBatch]:
-    shares = np.array_split(np.arange(run.training.num_shards), len(_fit_groups(run)))
-    for shard in shares[_shard_number(unit)]:
-        for _, batch in in_batches(fitted_sequences(run, stage, int(shard)), run.attributed.budget, run.attributed.device):
+    for shard in _fit_shards(run, unit):
+        for _, batch in in_batches(fitted_sequences(run, stage, shard), run.attributed.budget, run.attributed.device):
             yield batch
 
 
@@ -182,6 +200,16 @@ def _covariances(run: Run, _: Config, unit: str) -> Write:
             write_covariances(directory, covariance_pass(part.model, part.layers, batches, loss, reached_positions))
 
     return write
+
+
+def _eigenbasis_size(run: Run, unit: str) -> float:
+    """The cube of its dimension."""
+    sides = {
+        name: side
+        for layer in run.coverage.layers
+        for name, side in ((layer.input_name, layer.shape[1]), (layer.output_name, layer.outputs))
+    }
+    return float(sides[unit]) ** 3
 
 
 def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
@@ -309,14 +337,28 @@ def _without(numbers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
 
 
 STAGES = (
-    Stage(name="sequences", title="reading and tokenizing data", units=_everything, work=_sequences),
-    Stage(name="lexical", title="lexical index", units=_everything, work=_lexical),
+    Stage(name="sequences", title="reading and tokenizing data", units=_everything, work=_sequences, needs_model=False),
+    Stage(name="lexical", title="lexical index", units=_everything, work=_lexical, needs_model=False),
     Stage(name="layers", title="finding layers", units=_everything, work=_layers),
-    Stage(name="covariances", title="covariances", units=_fit_groups, work=_covariances),
-    Stage(name="eigenbases", title="eigenbases", units=_covariance_names, work=_eigenbasis),
-    Stage(name="eigenvalues", title="corrected eigenvalues", units=_fit_groups, work=_eigenvalues),
+    Stage(
+        name="covariances",
+        title="covariances",
+        units=_fit_groups,
+        work=_covariances,
+        size=partial(_fit_size, "covariances"),
+        over_sequences=True,
+    ),
+    Stage(name="eigenbases", title="eigenbases", units=_covariance_names, work=_eigenbasis, size=_eigenbasis_size, needs_model=False),
+    Stage(
+        name="eigenvalues",
+        title="corrected eigenvalues",
+        units=_fit_groups,
+        work=_eigenvalues,
+        size=partial(_fit_size, "eigenvalues"),
+        over_sequences=True,
+    ),
     Stage(name="factors", title="factors", units=_everything, work=_factors),
-    Stage(name="rows", title="index rows", units=_shards, work=_rows),
-    Stage(name="scans", title="exact scan of sample queries", units=_scan_units, work=_scan),
+    Stage(name="rows", title="index rows", units=_shards, work=_rows, size=_shard_size, over_sequences=True),
+    Stage(name="scans", title="exact scan of sample queries", units=_scan_units, work=_scan, size=_shard_size, over_sequences=True),
     Stage(name="fidelity", title="fidelity of the index", units=_fidelity_units, work=_fidelity),
 )
