@@ -43,9 +43,10 @@ from jobs.options import (
     open_within,
     with_config_options,
 )
-from jobs.progress import say
+from jobs.progress import progress_lines, say
 from jobs.remote import ask_server, questions_of
 from jobs.serve import serve, tokens
+from jobs.submit import jobs, submit
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Which training examples made this model say that?"
@@ -252,6 +253,8 @@ def report(
 app.command()(evaluate)
 app.command()(serve)
 app.command()(tokens)
+app.command()(with_config_options(submit))
+app.add_typer(jobs, name="jobs")
 
 
 @app.command()
@@ -362,10 +365,8 @@ def _print_status(run: Run) -> None:
         table.add_row(name, str(state["done"]), "?" if state["total"] is None else str(state["total"]))
     console.print(table)
     if progress := status.get("progress"):
-        console.print(
-            f"last at {progress['stage']}: {progress['done']}/{progress['total']}, {progress['units_per_second']:.2f} units/s, "
-            f"{progress['seconds_left']:.0f} s left, {time.time() - progress['updated']:.0f} s ago"
-        )
+        for line in progress_lines(progress):
+            console.print(line)
     if data := status.get("data"):
         console.print(f"data: {data['sequences']:,} sequences, {data['tokens']:,} tokens, {data['num_left_out']} left out")
     changes = list(status.get("living", {}).values())
