@@ -12,6 +12,7 @@ from pathlib import Path
 
 from influence.config import load_config
 from influence.run_directory import RunDirectory
+from influence.stored_run import run_directory
 from jobs import cli
 from jobs.progress import PROGRESS_PREFIX
 
@@ -19,7 +20,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def main() -> None:
-    directory = RunDirectory(Path(load_config(Path(sys.argv[1]), {}).run.dir))
+    directory = run_directory(load_config(Path(sys.argv[1]), {}).run.dir)
     sys.argv = ["influence", "run", *sys.argv[1:], "--address", "auto"]
     with telling_progress(directory):
         cli.main()

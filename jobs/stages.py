@@ -52,8 +52,8 @@ from influence.lexical import write_lexical
 from influence.measurement import Measurement
 from influence.model import LanguageModel, embedded_tokens, load_model, longest_sequence, model_fingerprint, tokenizer_fingerprint
 from influence.run import Run
-from influence.run_directory import RunDirectory
 from influence.sequences import TrainingSequence, tokenize, write_sequences
+from influence.stored_run import run_directory
 
 Write = Callable[[Path], None]
 MOST_FIT_GROUPS = 8
@@ -90,7 +90,7 @@ def create_run(config: Config) -> None:
             f"factors.damping is optimizer, but there is no {optimizer_state.FILE} in {config.model.name}: "
             "write it with influence.save_optimizer_state after training"
         )
-    RunDirectory(Path(config.run.dir)).create(
+    run_directory(config.run.dir).create(
         {
             "settings": config.identity(),
             "fingerprints": {
