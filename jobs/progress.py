@@ -87,7 +87,8 @@ def progress_lines(progress: Mapping[str, Any]) -> Iterator[str]:
     parts += [f"{progress['workers']} workers"] if progress.get("workers") is not None else []
     parts += [f"{progress['retries']} retries"] if progress.get("retries") else []
     parts += [f"{duration(time.time() - progress['updated'])} ago"] if progress.get("updated") is not None else []
-    yield ", ".join(parts)
+    if parts:
+        yield ", ".join(parts)
     for failure in (progress.get("failures") or [])[-SHOWN_FAILURES:]:
         attempt = f", attempt {failure['attempt']}" if "attempt" in failure else ""
         yield f"failed: {failure.get('unit', 'a unit')}{attempt}: {failure.get('reason', 'no reason')}"
