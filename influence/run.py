@@ -142,6 +142,7 @@ class Run:
         """Eigenvectors by `input_name` and `output_name`, on the model's device."""
         names = {name for layer in self.coverage.layers for name in (layer.input_name, layer.output_name) if name}
         device = self.language_model.device
+        self.directory.bring("eigenbases", sorted(names))
         return {name: artifacts.read_eigenvectors(self.path_of("eigenbases", name)).to(device) for name in sorted(names)}
 
     @cached_property
@@ -180,6 +181,7 @@ class Run:
         return units
 
     def _row_paths(self) -> list[Path]:
+        self.directory.bring("rows", list(self.row_units))
         return [self.path_of("rows", unit, fingerprint) for unit, fingerprint in self.row_units.items()]
 
     @cached_property

@@ -13,6 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from influence.object_store import ObjectStore
 from influence.run_directory import RunDirectory, digest, file_digest, read_answer
 
 SECONDS_BETWEEN_PROGRESS = 5.0
+FETCHED_AT_ONCE = 16
 
 
 def run_directory(place: Path | str) -> RunDirectory:
@@ -94,14 +96,18 @@ class StoredRunDirectory(RunDirectory):
 
     def missing(self, stage: str, units: Sequence[str], fingerprint: str) -> list[str]:
         """As one by one, with one listing: what is done is not told unit by unit."""
-        listed = {name: self._record_name(stage, name) for name in units}
-        there = set(self._done_records(stage))
-        unknown = [unit for unit in units if listed[unit] in there and (stage, unit) not in self._records]
-        contents = self.store.get_all([listed[unit] for unit in unknown])
-        for unit in unknown:
-            if listed[unit] in contents:
-                self._records[stage, unit] = self._parsed(stage, unit, contents[listed[unit]])
-        return [unit for unit in units if listed[unit] not in there or not self.is_done(stage, unit, fingerprint)]
+        listed = set(self._done_records(stage))
+        there = {unit for unit in units if self._record_name(stage, unit) in listed}
+        self._read_records(stage, [unit for unit in units if unit in there])
+        return [unit for unit in units if unit not in there or not self.is_done(stage, unit, fingerprint)]
+
+    def _read_records(self, stage: str, units: Sequence[str]) -> None:
+        """Many at once, of which the known ones are not read again."""
+        names = {unit: self._record_name(stage, unit) for unit in units if (stage, unit) not in self._records}
+        contents = self.store.get_all(list(names.values()))
+        for unit, name in names.items():
+            if name in contents:
+                self._records[stage, unit] = self._parsed(stage, unit, contents[name])
 
     def is_done(self, stage: str, unit: str, fingerprint: str) -> bool:
         if super().is_done(stage, unit, fingerprint):
@@ -127,6 +133,12 @@ class StoredRunDirectory(RunDirectory):
         if record is not None:
             self._fetch(stage, unit, record, path)
         return path
+
+    def bring(self, stage: str, units: Sequence[str]) -> None:
+        wanted = [unit for unit in units if not self._place(stage, unit).exists()]
+        self._read_records(stage, wanted)
+        with ThreadPoolExecutor(FETCHED_AT_ONCE) as threads:
+            list(threads.map(lambda unit: self.unit_path(stage, unit), wanted))
 
     def _fetch(self, stage: str, unit: str, record: Mapping[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

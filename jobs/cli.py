@@ -333,7 +333,9 @@ def _print_json(value: Any) -> None:
 def _verify(run: Run) -> None:
     for stage, state in stage_states(run).items():
         if state["done"]:
-            for unit in run.directory.unit_names(stage):
+            units = run.directory.unit_names(stage)
+            run.directory.bring(stage, units)
+            for unit in units:
                 run.directory.verify(stage, unit)
 
 

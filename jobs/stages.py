@@ -181,6 +181,7 @@ def _covariances(run: Run, _: Config, unit: str) -> Write:
 
 
 def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
+    run.directory.bring("covariances", _fit_groups(run))
     parts = (read_covariance(run.path_of("covariances", group), unit) for group in _fit_groups(run))
     total: Covariance = reduce(add, (part for part in parts if part is not None))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -278,6 +279,7 @@ def _fidelity(run: Run, _: Config, unit: str) -> Write:
     queries = sample_queries(run)
     if not queries:
         raise RequestError(f"no training sequence of {run.directory} can be asked as a query any more: set index.recall_queries to 0")
+    run.directory.bring("scans", run.shards)
     exact = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
     exact[np.arange(len(queries)), [number for number, _ in queries]] = -np.inf
     rotated = _rotated_gradients(run, [measurement for _, measurement in queries])

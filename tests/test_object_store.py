@@ -76,8 +76,7 @@ def fetched(url: str) -> dict[str, str]:
     """sha256 of every file of every unit in the store, by way of this machine's cache."""
     directory = StoredRunDirectory(url)
     for stage in STAGES:
-        for unit in directory.unit_names(stage):
-            directory.unit_path(stage, unit)
+        directory.bring(stage, directory.unit_names(stage))
     return artifacts(directory.path)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from object_server import BUCKET, object_server
 from ray_head import Head, ray_head
-from small_run import World, artifacts, command, finish, write_yaml
+from small_run import World, artifacts, command, finish, run_pipeline, write_yaml
 
+from influence import lease
 from influence.object_store import ObjectStore
 from influence.run import Run
 from influence.run_directory import STAGES
@@ -76,33 +77,35 @@ def test_submitted_run_is_the_one_of_this_machine_and_answers(
 
 
 def test_job_stopped_in_the_middle_and_submitted_again_ends_with_the_same_bytes(
-    cluster: Cluster, world: World, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its run directory in an object store, which the job and this machine reach."""
+    """With its run directory in an object store, which the job and this machine reach; and a second job on it is refused."""
+    one_each = {"sequences_per_shard": 1}  # so many units that the job can be met in the middle
+    undisturbed = run_pipeline(world.settings(tmp_path / "undisturbed", data=one_each)).directory.path
+    monkeypatch.setattr(lease, "RENEWED_EVERY", 1000.0)
     with object_server(tmp_path / "log") as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("INFLUENCE_CACHE", str(tmp_path / "here"))
         url = f"s3://{BUCKET}/run"
-        config = write_yaml(tmp_path / "config.yaml", world.settings(url, resources=one_thread_each()))
+        config = write_yaml(tmp_path / "config.yaml", world.settings(url, data=one_each, resources=one_thread_each()))
         passed = [word for name, value in environment.items() for word in ("--env", f"{name}={value}")]
-        first = answer(cluster("submit", config, "--name", "first", "--json", *passed, "--env", f"INFLUENCE_CACHE={tmp_path / 'a'}"))
-        assert first["state"] in ("pending", "running")
+        with StoredRunDirectory(url).exclusive():  # the job waits for a sign of life, and meanwhile works on nothing
+            first = answer(cluster("submit", config, "--name", "first", "--json", *passed, "--env", f"INFLUENCE_CACHE={tmp_path / 'a'}"))
+            assert first["state"] in ("pending", "running")
+            status, out, err = cluster("submit", config, *passed)
+            assert (status, out) == (2, "")
+            assert f"the job 'first' is working on {url} already" in err
         wait_until_stored(ObjectStore(url), "covariances")
-        again = cluster("submit", config, *passed)
-        assert (again[0], again[1]) == (2, "")
-        assert f"the job 'first' is working on {url} already" in again[2]
-        assert answer(cluster("jobs", "stop", "first", "--json"))["state"] == "stopped"
-        assert not ObjectStore(url).names("fidelity"), "it was over before it was stopped"
+        assert answer(cluster("jobs", "stop", "first", "--json"))["state"] == "stopped", "it was over before it was stopped"
+        assert not ObjectStore(url).names("fidelity")
         second = answer(cluster("submit", config, "--json", "--wait", *passed, "--env", f"INFLUENCE_CACHE={tmp_path / 'b'}"))
         assert second["state"] == "succeeded"
         directory = StoredRunDirectory(url)
         for stage in STAGES:
-            for unit in directory.unit_names(stage):
-                directory.unit_path(stage, unit)
-        assert artifacts(directory.path) == artifacts(finished)
-        status = answer(cluster("status", url, "--json"))
-        assert status["finished"]
+            directory.bring(stage, directory.unit_names(stage))
+        assert artifacts(directory.path) == artifacts(undisturbed)
+        assert answer(cluster("status", url, "--json"))["finished"]
 
 
 def wait_until_stored(store: ObjectStore, stage: str) -> None:
