@@ -423,7 +423,7 @@ def _ranked(asked: list[_Asked], lexical: NDArray[np.float64] | None, ranking: _
 
 def _names(asked: list[_Asked]) -> list[str]:
     """Of the runs: their directories' own names, or whole paths where two have the same name."""
-    names = [one.run.directory.path.name for one in asked]
+    names = [one.run.directory.name for one in asked]
     return names if len(set(names)) == len(names) else [str(one.run.directory) for one in asked]
 
 

@@ -153,7 +153,7 @@ class IndexConfig(Section):
 class RunConfig(Section):
     """Where results go."""
 
-    dir: str = Field(description="run directory; made if missing, resumed if present")
+    dir: str = Field(description="run directory, or s3://bucket/run or gs://bucket/run; made if missing, resumed if present")
 
 
 class ResourcesConfig(Section):
@@ -189,6 +189,11 @@ class Config(Section):
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
+    """As `read_config`, with local paths made absolute, so that a worker in another directory reads the same files."""
+    return _with_resolved_paths(read_config(path, overrides))
+
+
+def read_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     """The configuration in the YAML file at `path`, if any, with `overrides` ({"section.key": value}) laid over it.
 
     Raises RequestError for a missing or malformed file, an unknown key (with the nearest known one) and a value that is not allowed.
@@ -200,10 +205,9 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
             raw[section] = {**(raw.get(section) or {}), name: value}
     source = f"{path or ''}{' with ' if path and overrides else ''}{'the given options' if overrides or not path else ''}"
     try:
-        config = Config.model_validate(raw)
+        return Config.model_validate(raw)
     except ValidationError as error:
         raise RequestError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
-    return _with_resolved_paths(config)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -244,13 +248,24 @@ def _known_keys(place: list[str]) -> list[str]:
 
 
 def _with_resolved_paths(config: Config) -> Config:
-    """Local paths made absolute, so that a worker in another directory reads the same files."""
     model = config.model
-    if Path(model.name).is_dir() or model.name.startswith((".", "~")):
+    if is_local_model(model.name):
         model = model.model_copy(update={"name": str(Path(model.name).expanduser().resolve())})
     files = [absolute(name) for name in config.data.files]
-    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).expanduser().resolve())})
+    run = config.run
+    if not is_url(run.dir):
+        run = run.model_copy(update={"dir": str(Path(run.dir).expanduser().resolve())})
     return config.model_copy(update={"model": model, "data": config.data.model_copy(update={"files": files}), "run": run})
+
+
+def is_local_model(name: str) -> bool:
+    """Whether a model's name is a directory of this machine, and not a hub id."""
+    return Path(name).is_dir() or name.startswith((".", "~"))
+
+
+def is_url(place: str) -> bool:
+    """Whether a run's place is on object storage, such as s3://bucket/run, and not a directory."""
+    return "://" in place
 
 
 def absolute(name: str) -> str:

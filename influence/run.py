@@ -28,9 +28,10 @@ from influence.measurement import Measurement, measure_completion, measure_token
 from influence.model import LanguageModel, load_model, load_tokenizer, longest_sequence, model_fingerprint, tokenizer_fingerprint
 from influence.optimizer_state import OptimizerState, read_optimizer_state
 from influence.result import InfluenceResult
-from influence.run_directory import RunDirectory, file_digest
+from influence.run_directory import file_digest
 from influence.sequences import SequenceStore
 from influence.solving import Progress, ignore
+from influence.stored_run import run_directory
 
 TOKENS_PER_DIMENSION = 64
 """Counted tokens for each dimension of the widest covariance: scores then keep a rank correlation of .997 with those of a fit on 6 times as many."""
@@ -54,7 +55,7 @@ class Run:
     """What one run directory holds. Loaded lazily and kept; nothing is changed but kept answers."""
 
     def __init__(self, path: Path | str, *, model: str | None = None, memory_budget: int = 16 * 2**30) -> None:
-        self.directory = RunDirectory(Path(path))
+        self.directory = run_directory(path)
         self.description = self.directory.describe()
         self.fingerprints = artifacts.stage_fingerprints(self.description)
         self.memory_budget = memory_budget
@@ -88,7 +89,7 @@ class Run:
 
     def opened_again(self) -> "Run":
         """The run as it is now on disk; the model and the factors, which no append and no removal changes, are taken over."""
-        fresh = Run(self.directory.path, model=self.model_config.name, memory_budget=self.memory_budget)
+        fresh = Run(str(self.directory), model=self.model_config.name, memory_budget=self.memory_budget)
         kept = ("tokenizer", "language_model", "coverage", "layer_groups", "attributed", "features", "_loaded")
         fresh.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
         return fresh
@@ -178,6 +179,7 @@ class Run:
         """Eigenvectors by `input_name` and `output_name`, on the model's device."""
         names = {name for layer in layers for name in (layer.input_name, layer.output_name) if name}
         device = self.language_model.device
+        self.directory.bring("eigenbases", sorted(names))
         return {name: artifacts.read_eigenvectors(self.path_of("eigenbases", name)).to(device) for name in sorted(names)}
 
     def factors_of(self, part: AttributedModel) -> "PartFactors":
@@ -227,6 +229,7 @@ class Run:
         return units
 
     def _row_paths(self) -> list[Path]:
+        self.directory.bring("rows", list(self.row_units))
         return [self.path_of("rows", unit, fingerprint) for unit, fingerprint in self.row_units.items()]
 
     @cached_property
@@ -420,5 +423,8 @@ def _hash_order(ids: Sequence[str], seed: int) -> NDArray[np.int64]:
 
 
 def open_run(path: Path | str, **options: Any) -> Run:
-    """The run in the directory `path`. Raises RequestError when it is not a run directory of this version; nothing is loaded yet."""
+    """The run in the directory `path`, or at a URL such as s3://bucket/run; nothing is loaded yet.
+
+    Raises RequestError when there is no run directory of this version.
+    """
     return Run(path, **options)

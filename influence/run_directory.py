@@ -27,7 +27,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,35 +56,51 @@ class RunDirectory:
     """Paths, records and locks of one run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._path = path
         self._living: tuple[tuple[int, int], Living] | None = None  # (time and size of the file, content)
 
     def __str__(self) -> str:
         return str(self.path)
 
-    # what the run is made of
+    @property
+    def path(self) -> Path:
+        """Where the files are that are read and written here."""
+        return self._path
 
     @property
-    def description_path(self) -> Path:
-        return self.path / "run.json"
+    def name(self) -> str:
+        """What people call the run: the last part of its place."""
+        return self.path.name
+
+    # what the run is made of
 
     def describe(self) -> dict[str, Any]:
         """The content of run.json. Raises RequestError when this is no run directory, or one of another version."""
+        place = f"{self}/run.json"
         try:
-            description = json.loads(self.description_path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RequestError(f"{self.path} is not a run directory: it has no run.json (`influence run` makes one)") from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise RequestError(f"{self.description_path} is damaged: it is not JSON") from None
+            content = self._read("run.json")
+            if content is None:
+                raise RequestError(f"{self} is not a run directory: it has no run.json (`influence run` makes one)")
+            description = json.loads(content)
+        except ValueError as error:
+            raise error if isinstance(error, RequestError) else RequestError(f"{place} is damaged: it is not JSON") from None
         except OSError as error:
-            raise RequestError(f"{self.description_path} cannot be read: {error.strerror}") from None
+            raise RequestError(f"{place} cannot be read: {error.strerror or error}") from None
         if not isinstance(description, dict) or description.get("format") != FORMAT:
             version = description.get("format") if isinstance(description, dict) else None
-            raise RequestError(f"{self.path} has run-directory format {version}, this version reads format {FORMAT}: use another directory")
+            raise RequestError(f"{self} has run-directory format {version}, this version reads format {FORMAT}: use another directory")
         missing = [key for key in ("settings", "fingerprints", "sources") if not isinstance(description.get(key), dict)]
         if missing:
-            raise RequestError(f"{self.description_path} is damaged: it has no {missing[0]}")
+            raise RequestError(f"{place} is damaged: it has no {missing[0]}")
         return description
+
+    def version(self) -> object:
+        """Differs once run.json was written anew."""
+        try:
+            facts = (self.path / "run.json").stat()
+        except FileNotFoundError:
+            return None
+        return (facts.st_mtime_ns, facts.st_size, facts.st_ino)
 
     def create(self, description: Mapping[str, Any], stage_fingerprints: Callable[[Mapping[str, Any]], Mapping[str, str]]) -> None:
         """Writes run.json, or checks that the one that is there has the same settings and fingerprints.
@@ -94,14 +110,7 @@ class RunDirectory:
         Raises RequestError naming the first thing that differs.
         """
         description = {"format": FORMAT, **description}
-        if not self.description_path.exists():
-            if self.path.exists() and not self.path.is_dir():
-                raise RequestError(f"{self.path} is a file: the run directory must be a directory, or not there yet")
-            self.path.mkdir(parents=True, exist_ok=True)
-            foreign = [name for name in STAGES if (self.path / name).exists()]
-            if foreign:
-                raise RequestError(f"{self.path} has {foreign[0]}/ but no run.json: it is not a whole run directory; use another one")
-            write_json(self.description_path, description)
+        if self._begin(description):
             return
         found = self.describe()
         fixed = ("format", "settings", "fingerprints")
@@ -109,21 +118,43 @@ class RunDirectory:
         if not differences:
             if found["sources"] != description["sources"]:
                 with self.exclusive():
-                    write_json(self.description_path, description)
+                    self._write("run.json", {**found, **description})
             return
         before, now = stage_fingerprints(found), stage_fingerprints(description)
         if all(before[stage] == now[stage] for stage in STAGES if self._has_units(stage)):
             with self.exclusive():
-                write_json(self.description_path, description)
+                self._write("run.json", {**found, **description})
             return
         key, (made_with, wanted) = min(differences.items())
         raise RequestError(
-            f"{self.path} was made with {key} = {_short(made_with)}, and this run has {_short(wanted)}: "
+            f"{self} was made with {key} = {_short(made_with)}, and this run has {_short(wanted)}: "
             "take a new run directory, or restore what the run was made from"
         )
 
+    def _begin(self, description: Mapping[str, Any]) -> bool:
+        """Writes run.json unless there is one; whether it did."""
+        if (self.path / "run.json").exists():
+            return False
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"{self} is a file: the run directory must be a directory, or not there yet")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._check_not_foreign()
+        self._write("run.json", description)
+        return True
+
+    def _check_not_foreign(self) -> None:
+        foreign = [stage for stage in STAGES if self._has_units(stage)]
+        if foreign:
+            raise RequestError(f"{self} has {foreign[0]}/ but no run.json: it is not a whole run directory; use another one")
+
     def _has_units(self, stage: str) -> bool:
-        return any((self.path / stage).glob("[!.]*"))
+        return bool(self.unit_names(stage))
+
+    def check_changeable(self) -> None:
+        """Raises RequestError where files that are there cannot be replaced in one step, as an append or a removal does."""
+
+    def check_keeps_files(self, option: str) -> None:
+        """Raises RequestError where files for people, such as a report, must go elsewhere, as `option` can say."""
 
     # what changed since
 
@@ -142,16 +173,33 @@ class RunDirectory:
 
     def write_living(self, living: Living) -> None:
         """Readers see the state before or after, never a part."""
-        write_json(self.path / "living.json", living.to_json())
+        self._write("living.json", living.to_json())
 
     # units of work
 
     def unit_path(self, stage: str, unit: str) -> Path:
-        return self.path / stage / file_name(self.living.replaced.get(f"{stage}/{unit}", unit))
+        return self._place(stage, unit)
+
+    def _place(self, stage: str, unit: str) -> Path:
+        return self.path / stage / self._file_name(stage, unit)
+
+    def _file_name(self, stage: str, unit: str) -> str:
+        return file_name(self.living.replaced.get(f"{stage}/{unit}", unit))
+
+    def bring(self, stage: str, units: Sequence[str]) -> None:
+        """Makes files of units that are done, so that asking for their paths one by one takes no time; here they are."""
+
+    def unit_names(self, stage: str) -> list[str]:
+        """What is there of a stage, by the names of its units' directories."""
+        return sorted(path.name for path in (self.path / stage).glob("[!.]*"))
+
+    def missing(self, stage: str, units: Sequence[str], fingerprint: str) -> list[str]:
+        """Those of the units that are not done."""
+        return [unit for unit in units if not self.is_done(stage, unit, fingerprint)]
 
     def is_done(self, stage: str, unit: str, fingerprint: str) -> bool:
         """Whether the unit's output is there and whole. Raises RequestError when it was made from something else or is damaged."""
-        path = self.unit_path(stage, unit)
+        path = self._place(stage, unit)
         if not path.exists():
             return False
         try:
@@ -189,24 +237,29 @@ class RunDirectory:
 
         When the unit was finished by somebody else meanwhile, theirs is kept: equal work gives equal output.
         """
-        final = self.unit_path(stage, unit)
+        final = self._place(stage, unit)
         final.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=final.parent))
         try:
             write(scratch)
             files = {path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in sorted(scratch.iterdir())}
             write_json(scratch / "record.json", {"fingerprint": fingerprint, "files": files})
-            for path in scratch.iterdir():
-                _sync(path)
-            scratch.chmod(0o755)
-            try:
-                scratch.rename(final)
-            except OSError:
-                if not self.is_done(stage, unit, fingerprint):
-                    raise
-            _sync(final.parent)
+            self._publish(scratch, stage, unit, fingerprint)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _publish(self, scratch: Path, stage: str, unit: str, fingerprint: str) -> None:
+        """Makes a filled directory beside it the unit's output, unless there is one already."""
+        final = self._place(stage, unit)
+        for path in scratch.iterdir():
+            _sync(path)
+        scratch.chmod(0o755)
+        try:
+            scratch.rename(final)
+        except OSError:
+            if not self.is_done(stage, unit, fingerprint):
+                raise
+        _sync(final.parent)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -233,28 +286,37 @@ class RunDirectory:
 
     # small records
 
+    def _read(self, name: str) -> bytes | None:
+        """The content of a small record; None when there is none."""
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _write(self, name: str, value: Any) -> None:
+        """Writes a small record. Readers see the old one or the new, never a part."""
+        (self.path / name).parent.mkdir(exist_ok=True)
+        write_json(self.path / name, value)
+
     def write_progress(self, progress: Mapping[str, Any]) -> None:
-        write_json(self.path / "progress.json", progress)
+        self._write("progress.json", progress)
 
     def read_progress(self) -> dict[str, Any] | None:
         try:
-            progress = json.loads((self.path / "progress.json").read_text(encoding="utf-8"))
+            progress = json.loads(self._read("progress.json") or b"null")
         except (OSError, ValueError):
             return None
         return progress if isinstance(progress, dict) else None
 
-    def keep_answer(self, name: str, answer: Mapping[str, Any]) -> Path:
-        path = self.path / "answers" / f"{file_name(name)}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, answer)
-        return path
+    def keep_answer(self, name: str, answer: Mapping[str, Any]) -> None:
+        self._write(f"answers/{file_name(name)}.json", answer)
 
     def forget_answers(self, ids: Collection[str]) -> None:
         """Removes the kept answers and the report that may show these sequences, and what killed processes left of others."""
         for left in (*(self.path / "answers").glob(".*"), *self.path.glob(".report.html.*")):
             left.unlink(missing_ok=True)
         for path in (self.path / "answers").glob("*.json"):
-            answer = _read_answer(path)
+            answer = read_answer(path.read_bytes(), str(path))
             shown = [*answer.get("results", []), *(answer.get("bm25") or {}).get("results", [])]
             if any(one["id"] in ids or any(other["id"] in ids for other in one.get("duplicates", [])) for one in shown):
                 path.unlink()
@@ -263,17 +325,18 @@ class RunDirectory:
     def answers(self) -> list[dict[str, Any]]:
         """The kept answers, oldest first."""
         paths = sorted((self.path / "answers").glob("[!.]*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-        return [_read_answer(path) for path in paths]
+        return [read_answer(path.read_bytes(), str(path)) for path in paths]
 
 
-def _read_answer(path: Path) -> dict[str, Any]:
+def read_answer(content: bytes, where: str) -> dict[str, Any]:
+    """Raises RequestError when the content is not what `keep_answer` writes."""
     try:
-        answer = json.loads(path.read_text(encoding="utf-8"))
+        answer = json.loads(content)
         if isinstance(answer, dict) and isinstance(answer.get("query"), dict):
             return answer
     except ValueError:
         pass
-    raise RequestError(f"{path} is damaged: it is not a kept answer; delete it and ask again")
+    raise RequestError(f"{where} is damaged: it is not a kept answer; delete it and ask again")
 
 
 def write_json(path: Path, value: Any) -> None:

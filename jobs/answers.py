@@ -50,7 +50,7 @@ def _watched(options: QueryOptions) -> Iterator[Progress]:
 
 def write_page(path: Path, answers: list[dict[str, Any]], run: Run) -> None:
     """The report as a file that appears whole or not at all."""
-    page = report_page(answers, run=run.directory.path.name, created=date.today().isoformat())
+    page = report_page(answers, run=run.directory.name, created=date.today().isoformat())
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         scratch.write_text(page, encoding="utf-8")

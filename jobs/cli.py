@@ -38,14 +38,16 @@ from jobs.options import (
     Refine,
     RefineSequences,
     RefineSteps,
+    RunPlace,
     Server,
     Where,
     open_within,
     with_config_options,
 )
-from jobs.progress import say
+from jobs.progress import progress_lines, say
 from jobs.remote import ask_server, questions_of
 from jobs.serve import serve, tokens
+from jobs.submit import jobs, submit
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Which training examples made this model say that?"
@@ -136,7 +138,7 @@ def run(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="run directory")],
+    run: RunPlace,
     verify: Annotated[bool, typer.Option("--verify", help="also check every file against its checksum")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -153,7 +155,7 @@ def status(
 
 @app.command()
 def query(
-    run: Annotated[Path, typer.Argument(help="run directory")],
+    run: RunPlace,
     prompt: Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)] = None,
     completion: Annotated[str | None, typer.Argument(help="what the model said", show_default=False)] = None,
     k: Annotated[int, typer.Option("-k", help="how many sequences")] = 10,
@@ -199,7 +201,7 @@ def query(
         if model is not None:
             raise RequestError("--model is where this machine has the model; a server has its own: leave it out beside --server")
         questions = questions_of(prompt, completion, contrast, span, queries)
-        results = ask_server(server, str(run), questions, options, [str(other) for other in also or []])
+        results = ask_server(server, run, questions, options, also or [])
         _show_results(list(zip([name for name, _ in questions], results, strict=True)), queries is not None, as_json, tokens, bm25)
         return
     opened = open_within(run, model, memory_budget)
@@ -211,7 +213,7 @@ def query(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="run directory")],
+    run: RunPlace,
     prompt: Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)] = None,
     completion: Annotated[str | None, typer.Argument(help="what the model said", show_default=False)] = None,
     queries: Queries = None,
@@ -235,6 +237,8 @@ def report(
     """
     opened = open_within(run, model, memory_budget)
     nothing_asked = prompt is None and queries is None
+    if out is None:
+        opened.directory.check_keeps_files("--out")
     page = writable_page(out or opened.directory.path / "report.html")
     asked = asked_before(opened) if nothing_asked else measurements_of(opened, prompt, completion, None, None, queries)
     refinement = _refinement(refine, refine_steps, refine_sequences)
@@ -252,11 +256,13 @@ def report(
 app.command()(evaluate)
 app.command()(serve)
 app.command()(tokens)
+app.command()(with_config_options(submit))
+app.add_typer(jobs, name="jobs")
 
 
 @app.command()
 def append(
-    run: Annotated[Path, typer.Argument(help="run directory, finished")],
+    run: RunPlace,
     files: Annotated[list[str], typer.Argument(help="files of the same form as the run's own data")],
     model: ModelOption = None,
     memory_budget: Memory = "16GiB",
@@ -275,7 +281,7 @@ def append(
 
 @app.command()
 def remove(
-    run: Annotated[Path, typer.Argument(help="run directory, finished")],
+    run: RunPlace,
     ids: Annotated[
         Path | None, typer.Option("--ids", help="file of ids, of sequences or documents: one a line, or jsonl with an id")
     ] = None,
@@ -327,8 +333,10 @@ def _print_json(value: Any) -> None:
 def _verify(run: Run) -> None:
     for stage, state in stage_states(run).items():
         if state["done"]:
-            for path in sorted((run.directory.path / stage).glob("[!.]*")):
-                run.directory.verify(stage, path.name)
+            units = run.directory.unit_names(stage)
+            run.directory.bring(stage, units)
+            for unit in units:
+                run.directory.verify(stage, unit)
 
 
 def _status(run: Run) -> dict[str, Any]:
@@ -362,10 +370,8 @@ def _print_status(run: Run) -> None:
         table.add_row(name, str(state["done"]), "?" if state["total"] is None else str(state["total"]))
     console.print(table)
     if progress := status.get("progress"):
-        console.print(
-            f"last at {progress['stage']}: {progress['done']}/{progress['total']}, {progress['units_per_second']:.2f} units/s, "
-            f"{progress['seconds_left']:.0f} s left, {time.time() - progress['updated']:.0f} s ago"
-        )
+        for line in progress_lines(progress):
+            console.print(line)
     if data := status.get("data"):
         console.print(f"data: {data['sequences']:,} sequences, {data['tokens']:,} tokens, {data['num_left_out']} left out")
     changes = list(status.get("living", {}).values())

@@ -9,13 +9,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from influence.config import Config
 from influence.errors import RequestError
 from influence.run import Run
-from influence.run_directory import RunDirectory
+from influence.stored_run import run_directory
 from jobs.executors import Executor, InThisProcess, OnRay, ray_cluster
 from jobs.progress import Bar, bar, say
 from jobs.scheduler import Failure
@@ -37,11 +36,11 @@ def run_all(config: Config, until: str | None = None) -> Run:
         raise RequestError(f"--until: there is no stage {until!r}; there are: {', '.join(names)}")
     create_run(config)
     executor: Executor | None = None
-    with RunDirectory(Path(config.run.dir)).exclusive(), ExitStack() as stack:
+    with run_directory(config.run.dir).exclusive(), ExitStack() as stack:
         run = Run(config.run.dir, memory_budget=config.resources.memory_budget)
         for stage in STAGES[: 1 + names.index(until)] if until else STAGES:
             units = stage.units(run)
-            missing = [unit for unit in units if not run.directory.is_done(stage.name, unit, run.fingerprints[stage.name])]
+            missing = run.directory.missing(stage.name, units, run.fingerprints[stage.name])
             if not missing:
                 continue
             if run.directory.living.erased:
@@ -128,6 +127,6 @@ def stage_states(run: Run) -> dict[str, dict[str, object]]:
         except RequestError:
             states[stage.name] = {"done": 0, "total": None}
             continue
-        done = sum(run.directory.is_done(stage.name, unit, run.fingerprints[stage.name]) for unit in units)
-        states[stage.name] = {"done": done, "total": len(units)}
+        missing = run.directory.missing(stage.name, units, run.fingerprints[stage.name])
+        states[stage.name] = {"done": len(units) - len(missing), "total": len(units)}
     return states

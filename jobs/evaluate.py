@@ -17,7 +17,7 @@ from influence.living import Living
 from influence.refinement import RefineOptions
 from influence.run import Run
 from jobs.answers import Asked, measurements_of
-from jobs.options import AlsoRuns, Debug, Json, Memory, ModelOption, RefineSequences, RefineSteps, open_within
+from jobs.options import AlsoRuns, Debug, Json, Memory, ModelOption, RefineSequences, RefineSteps, RunPlace, open_within
 from jobs.progress import say
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay")
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="run directory")],
+    run: RunPlace,
     metric: Annotated[str, typer.Argument(help="lds, the linear datamodelling score; or fidelity of the index to exact EK-FAC")],
     queries: Annotated[
         Path | None,
@@ -115,7 +115,7 @@ def _refuse_options(options: Mapping[str, Any], theirs: str, metric: str) -> Non
 def _evaluate_fidelity(run: Run, queries: Path | None, sequences: int, out: Path | None) -> "FidelityOutcome":
     from jobs.fidelity import measure_fidelity
 
-    directory = _writable_directory(out or run.directory.path / "evaluations")
+    directory = _directory_for(run, out)
     asked = measurements_of(run, None, None, None, None, queries) if queries else None
     outcome = measure_fidelity(run, asked, sequences, directory)
     outcome.write()
@@ -156,7 +156,7 @@ def _evaluate_lds(
     for method in methods:
         check_method(method)
     files = _named_files(scores, methods)
-    directory = _writable_directory(out or run.directory.path / "evaluations")
+    directory = _directory_for(run, out)
     asked = measurements_of(run, None, None, None, None, queries)
     external = {name: read_scores(path, len(asked), len(run.store)) for name, path in files.items()}
     places, share, make_bank = _retrained_bank(run, asked, retraining) if bank is None else _given_bank(run, asked, bank)
@@ -200,6 +200,7 @@ def _retrained_bank(run: Run, asked: Asked, given: Mapping[str, Any]) -> Source:
     from influence.evaluation.retraining import RetrainingSettings
     from jobs.retraining import check_bank_size, retrain, retraining_of
 
+    run.directory.check_changeable()
     num_subsets, num_seeds = given.get("subsets", 32), given.get("seeds", 2)
     check_bank_size(num_subsets, num_seeds, len(run.store))
     settings = RetrainingSettings(**{name: given[name] for name in TRAINING if name in given})
@@ -224,6 +225,13 @@ def _named_files(scores: Sequence[str], methods: Sequence[str]) -> dict[str, Pat
             raise RequestError(f"--scores: there are two methods called {name!r}; give this one another name")
         files[name] = Path(path)
     return files
+
+
+def _directory_for(run: Run, out: Path | None) -> Path:
+    """Where what an evaluation writes goes."""
+    if out is None:
+        run.directory.check_keeps_files("--out")
+    return _writable_directory(out or run.directory.path / "evaluations")
 
 
 def _writable_directory(path: Path) -> Path:

@@ -31,6 +31,7 @@ from jobs.stages import rows_of
 
 def append(run: Run, files: Sequence[str]) -> dict[str, Any]:
     """Adds the files' sequences to the index. Raises RequestError when an id is in the run already, or the files are."""
+    run.directory.check_changeable()
     with run.directory.exclusive():
         run = _as_it_is_now(run)
         living = run.directory.living
@@ -152,6 +153,7 @@ def remove(run: Run, ids: Sequence[str]) -> dict[str, Any]:
 
     Raises RequestError, and removes nothing, when an id is not in the run or no sequence would be left.
     """
+    run.directory.check_changeable()
     with run.directory.exclusive():
         run = _as_it_is_now(run)
         living = run.directory.living
@@ -175,6 +177,7 @@ def erase(run: Run) -> dict[str, Any]:
 
     Their ids stay, and so do the factors, to whose sums they contributed.
     """
+    run.directory.check_changeable()
     with run.directory.exclusive():
         run = _as_it_is_now(run)
         living = run.directory.living

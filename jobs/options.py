@@ -16,6 +16,7 @@ from influence.config import Config, parse_bytes
 from influence.errors import RequestError
 from influence.run import Run, open_run
 
+RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="run directory, or s3://bucket/run or gs://bucket/run")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Refine = Annotated[
@@ -24,7 +25,7 @@ Refine = Annotated[
 RefineSteps = Annotated[int, typer.Option("--refine-steps", help="at most so many conjugate-gradient steps")]
 RefineSequences = Annotated[int, typer.Option("--refine-sequences", help="over how many training sequences the exact Hessian is averaged")]
 AlsoRuns = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option("--also", metavar="RUN", help="average the scores with this run of another checkpoint or training; may be repeated"),
 ]
 Where = Annotated[
@@ -40,8 +41,8 @@ Server = Annotated[
 Memory = Annotated[str, typer.Option("--memory-budget", help="memory for model, factors and batches")]
 
 
-def open_within(run: Path, model: str | None, memory_budget: str) -> Run:
-    """The run in the directory `run`, to work within that memory. Raises RequestError when it is no run, or that no size."""
+def open_within(run: str, model: str | None, memory_budget: str) -> Run:
+    """The run at `run`, to work within that memory. Raises RequestError when it is no run, or that no size."""
     budget = parse_bytes(memory_budget)  # what is not a size comes back as it is
     if not isinstance(budget, int) or budget <= 0:
         raise RequestError(f"--memory-budget: {memory_budget!r} is not a size such as 4GiB")

@@ -23,7 +23,7 @@ TokensFile = Annotated[
 
 
 def serve(
-    runs: Annotated[list[Path] | None, typer.Argument(help="run directories", show_default=False)] = None,
+    runs: Annotated[list[str] | None, typer.Argument(help="run directories, or s3:// or gs:// URLs", show_default=False)] = None,
     runs_dir: Annotated[Path | None, typer.Option("--runs-dir", help="serve every run in this directory, loaded when asked")] = None,
     host: Annotated[str, typer.Option("--host", help="address to listen on; others than loopback need tokens")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="port to listen on; 0 takes a free one")] = 8000,
@@ -65,7 +65,7 @@ def serve(
 
 
 def settings_of(
-    runs: list[Path], runs_dir: Path | None, host: str, state_dir: Path | None, tokens: Path | None, log_queries: bool, memory_budget: str
+    runs: list[str], runs_dir: Path | None, host: str, state_dir: Path | None, tokens: Path | None, log_queries: bool, memory_budget: str
 ) -> "ServiceSettings":
     """The settings that these options say. Raises RequestError when there is nothing to serve, or it cannot be served like this."""
     from influence.service.settings import ServiceSettings, is_loopback, named_runs, state_directory

@@ -51,9 +51,9 @@ from influence.measurement import Measurement
 from influence.model import LanguageModel, embedded_tokens, load_model, longest_sequence, model_fingerprint, tokenizer_fingerprint
 from influence.rows import encoded_rows
 from influence.run import Run
-from influence.run_directory import RunDirectory
 from influence.sequences import TrainingSequence, tokenize, write_sequences
 from influence.solving import Solved, in_groups, solved, within_memory
+from influence.stored_run import run_directory
 
 Write = Callable[[Path], None]
 MOST_FIT_GROUPS = 8
@@ -95,7 +95,7 @@ def create_run(config: Config) -> None:
             f"factors.damping is optimizer, but there is no {optimizer_state.FILE} in {config.model.name}: "
             "write it with influence.save_optimizer_state after training"
         )
-    RunDirectory(Path(config.run.dir)).create(
+    run_directory(config.run.dir).create(
         {
             "settings": config.identity(),
             "fingerprints": {
@@ -213,6 +213,7 @@ def _eigenbasis_size(run: Run, unit: str) -> float:
 
 
 def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
+    run.directory.bring("covariances", _fit_groups(run))
     parts = (read_covariance(run.path_of("covariances", group), unit) for group in _fit_groups(run))
     total: Covariance = reduce(add, (part for part in parts if part is not None))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -309,6 +310,7 @@ def _fidelity(run: Run, _: Config, unit: str) -> Write:
     queries = sample_queries(run)
     if not queries:
         raise RequestError(f"no training sequence of {run.directory} can be asked as a query any more: set index.recall_queries to 0")
+    run.directory.bring("scans", run.shards)
     exact = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
     exact[np.arange(len(queries)), [number for number, _ in queries]] = -np.inf
     rows = np.concatenate([found.rows for found in _solved(run, rows=True) if found.rows is not None])

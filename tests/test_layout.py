@@ -21,6 +21,7 @@ PACKAGES = ("ekfac", "indexing", "influence", "jobs")  # a package imports from 
 ONLY_IN = {
     "ray": ("jobs",),
     "faiss": ("indexing",),
+    "fsspec": ("influence.object_store",),
     "typer": ("jobs",),
     "fastapi": ("influence.service", "jobs"),
     "starlette": ("influence.service", "jobs"),

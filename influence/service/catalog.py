@@ -24,10 +24,11 @@ from influence.batches import factor_bytes
 from influence.errors import RequestError
 from influence.report.layers import kind, take_apart
 from influence.run import Run
-from influence.run_directory import RunDirectory, digest
+from influence.run_directory import digest
 from influence.sequences import encode_pair
 from influence.service.errors import ServiceError, not_found, stale
 from influence.service.settings import RUN_NAME, ServiceSettings
+from influence.stored_run import run_directory
 
 log = logging.getLogger("influence.service")
 
@@ -86,29 +87,29 @@ class Catalog:
     def __contains__(self, name: str) -> bool:
         return name in self._settings.runs or self._in_runs_dir(name) is not None
 
-    def path(self, name: str) -> Path:
+    def place(self, name: str) -> str:
         """Where the run of this name is. Raises 404 for any other name, whatever it looks like."""
         found = self._settings.runs.get(name) or self._in_runs_dir(name)
         if found is None:
             raise not_found(f"no run is called {name!r}")
-        return found
+        return str(found)
 
-    def _in_runs_dir(self, name: str) -> Path | None:
+    def _in_runs_dir(self, name: str) -> str | None:
         if self._settings.runs_dir is None or not RUN_NAME.fullmatch(name):
             return None
         path = self._settings.runs_dir / name
         inside = path.resolve().parent == self._settings.runs_dir.resolve()  # a link may lead elsewhere
-        return path if inside and (path / "run.json").is_file() else None
+        return str(path) if inside and (path / "run.json").is_file() else None
 
     def opened(self, name: str) -> OpenedRun:
         """The run, opened but not necessarily loaded, as it is now on disk. Raises 404, or 409 when it cannot be served."""
-        path = self.path(name)
+        place = self.place(name)
         with self._lock:
             there = self._opened.get(name)
-            with reading(name, {str(path): name}):
-                changed = _changed(path)
+            with reading(name, {place: name}):
+                changed = run_directory(place).version()
                 if there is None or there.version != changed:
-                    there = self._opened[name] = _open(name, Run(path, memory_budget=self._settings.memory_budget), changed)
+                    there = self._opened[name] = _open(name, Run(place, memory_budget=self._settings.memory_budget), changed)
                 elif not there.run.is_current:
                     fresh = _open(name, there.run.opened_again(), changed)
                     fresh.loaded, fresh.num_bytes, fresh.last_use = there.loaded, there.num_bytes, there.last_use
@@ -208,9 +209,9 @@ class Catalog:
         """
         if name not in self:
             return frozenset()
-        path = self.path(name)
-        with reading(name, {str(path): name}):
-            numbers = RunDirectory(path).living.erased
+        place = self.place(name)
+        with reading(name, {place: name}):
+            numbers = run_directory(place).living.erased
         if not numbers:
             return frozenset()
         opened = self.opened(name)
@@ -234,12 +235,6 @@ def _damaged(run: str, error: Exception) -> ServiceError:
     return ServiceError(
         409, "stale", f"a file of the run {run} is damaged ({type(error).__name__}): `influence status --verify` says which"
     )
-
-
-def _changed(path: Path) -> tuple[int, int, int]:
-    """Differs once run.json was written anew."""
-    facts = RunDirectory(path).description_path.stat() if RunDirectory(path).description_path.exists() else None
-    return (facts.st_mtime_ns, facts.st_size, facts.st_ino) if facts else (0, 0, 0)
 
 
 def _open(name: str, run: Run, changed: Any) -> OpenedRun:

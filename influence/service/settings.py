@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from influence.config import is_url
 from influence.errors import RequestError
-from influence.run_directory import RunDirectory
+from influence.stored_run import run_directory
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a run may be called in an address. No such name leaves a directory."""
@@ -41,7 +42,7 @@ class Limits:
 class ServiceSettings:
     """Everything that a service is made from; plain values, so that replicas can be sent it."""
 
-    runs: dict[str, Path] = field(default_factory=dict)  # by name; loaded at start, in this order, as far as memory allows
+    runs: dict[str, str] = field(default_factory=dict)  # by name; loaded at start, in this order, as far as memory allows
     runs_dir: Path | None = None  # every run directory in it is served too
     state_dir: Path
     tokens_file: Path | None = None
@@ -59,20 +60,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def named_runs(paths: Sequence[Path]) -> dict[str, Path]:
+def named_runs(paths: Sequence[Path | str]) -> dict[str, str]:
     """Runs by the names of their directories. Raises RequestError for one that is no run, cannot be named in an address, or comes twice."""
-    named: dict[str, Path] = {}
+    named: dict[str, str] = {}
     for path in paths:
-        name = path.resolve().name
+        place = str(path) if is_url(str(path)) else str(Path(path).resolve())
+        name = run_directory(place).name
         if not RUN_NAME.fullmatch(name):
             raise RequestError(f"{path} cannot be served: a run's directory is its name, of letters, digits and ._-, not {name!r}")
         if name in named:
             raise RequestError(f"{path} and {named[name]} are both called {name}: rename one")
-        RunDirectory(path).describe()
-        named[name] = path.resolve()
+        run_directory(path).describe()
+        named[name] = place
     return named
 
 
-def state_directory(runs: Sequence[Path], runs_dir: Path | None) -> Path:
+def state_directory(runs: Sequence[Path | str], runs_dir: Path | None) -> Path:
     """Where a service of these runs keeps its queries when nothing else is said: beside the runs."""
-    return (runs_dir if runs_dir is not None else runs[0].resolve().parent) / ".service"
+    if runs_dir is None and is_url(str(runs[0])):
+        raise RequestError(f"{runs[0]} is in an object store: say with --state-dir where this service keeps its queries")
+    return (runs_dir if runs_dir is not None else Path(runs[0]).resolve().parent) / ".service"
