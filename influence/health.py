@@ -32,12 +32,12 @@ from influence.sequences import TrainingSequence
 if TYPE_CHECKING:
     from influence.run import Run
 
-MOST_VALUES = 50
+MOST_VALUES = 200
 """A metadata column of more values than that tells no groups apart."""
 
 LENGTH_GROUPS = 10
 FEW = 5
-"""A source of fewer sequences has no median of its own."""
+"""A source, or a tenth by length, of fewer sequences has no median of its own."""
 
 OUTLYING = 3.5
 """From which distance, in robust standard deviations, a sequence is an outlier (Iglewicz and Hoaglin 1993)."""
@@ -99,7 +99,7 @@ def measure_health(
 ) -> Health:
     """The health of the run's live sequences, and their influence over `queries`, or over the whole training set when there are none.
 
-    `by` are metadata columns to sum by, the first of which is the source that outliers are judged within; left out, all with 2 to 50 values. `k`
+    `by` are metadata columns to sum by, the first of which is the source that outliers are judged within; left out, all with 2 to 200 values. `k`
     sequences of each kind are named. `keep` may keep the work of a part, `progress` counts sequences. Raises RequestError for an unknown column.
     """
     if k < 1:
@@ -285,23 +285,25 @@ def gradient_sum(
 def distances(values: NDArray[np.float64], num_tokens: NDArray[np.int64], source: NDArray[Any]) -> NDArray[np.float64]:
     """[N]: how far each value lies from what length and source predict, in robust standard deviations; NaN where the value is.
 
-    The prediction is the median of the sequences of similar length (a tenth of all), plus the median of what is left over by source (Tukey's median
-    polish, one sweep); the unit is 1.4826 times the median of the absolute rest, which is the standard deviation of a normal distribution.
+    The prediction is a median by source plus one by length, a tenth of the sequences being of similar length, each of what the other leaves
+    (Tukey's median polish, two sweeps); the unit is 1.4826 times the median of the absolute rest, the standard deviation of a normal distribution.
     """
     rest = np.where(np.isfinite(values), values, np.nan)
-    if not np.isfinite(rest).any():
-        return rest
     edges = np.unique(np.quantile(num_tokens, np.linspace(0, 1, LENGTH_GROUPS + 1)[1:-1]))
-    for labels, least in (
-        (np.searchsorted(edges, num_tokens, side="left"), 1),
-        (np.unique(source.astype(str), return_inverse=True)[1], FEW),
-    ):
-        for label in np.unique(labels):
-            members = labels == label
-            if np.isfinite(rest[members]).sum() >= least:
-                rest[members] -= np.nanmedian(rest[members])
-    scale = 1.4826 * float(np.nanmedian(np.abs(rest)))
+    by_length = _members(np.searchsorted(edges, num_tokens, side="left"))
+    by_source = _members(np.unique(source.astype(str), return_inverse=True)[1])
+    for members in 2 * [*by_source, *by_length]:
+        if np.isfinite(rest[members]).sum() >= FEW:
+            rest[members] -= np.nanmedian(rest[members])
+    absolute = np.abs(rest[np.isfinite(rest)])
+    scale = 1.4826 * float(np.median(absolute)) if len(absolute) else 0.0
     return np.asarray(rest / scale if scale > 0 else np.where(np.isfinite(rest), 0.0, np.nan))
+
+
+def _members(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The places of each label."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def weights(influence: NDArray[np.float64], duplicates: NDArray[np.int64]) -> NDArray[np.float64]:

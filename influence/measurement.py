@@ -21,6 +21,9 @@ from influence.sequences import TrainingSequence, encode_pair
 Spans = tuple[tuple[int, int], ...]
 """Which of the completion's tokens count: (first, last + 1) of each stretch."""
 
+SomeSpans = Sequence[int] | Sequence[Sequence[int]]
+"""One span (first, last + 1), or several."""
+
 Messages = list[dict[str, str]]
 """A conversation: `role` and `content` of each turn."""
 
@@ -92,7 +95,7 @@ def measure_completion(
     completion: str,
     *,
     contrast: str | None = None,
-    span: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+    span: SomeSpans | None = None,
     longest: int | None = None,
 ) -> Measurement:
     """The log-probability of `completion` after `prompt`, less that of `contrast` when it is given.
@@ -113,7 +116,7 @@ def measure_completion(
     return Measurement(prompt=prompt, completion=completion, contrast=contrast, span=spans, parts=tuple(parts))
 
 
-def spans_of(span: Any) -> Spans:
+def spans_of(span: SomeSpans) -> Spans:
     """One span (A, B), or several, as a tuple of them. Raises RequestError for anything else, and for none."""
     several = [span] if len(span) == 2 and all(isinstance(end, int) for end in span) else list(span)
     found = tuple((one[0], one[1]) for one in several if isinstance(one, Sequence) and len(one) == 2)
@@ -136,7 +139,7 @@ def measure_tokens(tokenizer: Any, ids: list[int], *, longest: int | None = None
     return Measurement(prompt="", completion=text, contrast=None, input_ids=ids, parts=((1.0, sequence),))
 
 
-def measure_messages(tokenizer: Any, messages: Messages, *, span: Any = None, longest: int | None = None) -> Measurement:
+def measure_messages(tokenizer: Any, messages: Messages, *, span: SomeSpans | None = None, longest: int | None = None) -> Measurement:
     """The log-probability of a conversation's last turn, the assistant's, as the tokenizer's chat template writes it, after all that comes before.
 
     The turn begins where the template's prompt for a reply ends, and so holds the mark of its end, where the template writes one. Raises RequestError

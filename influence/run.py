@@ -32,6 +32,7 @@ from influence.measurement import (
     Measurement,
     Member,
     Messages,
+    SomeSpans,
     combine,
     measure_completion,
     measure_messages,
@@ -324,7 +325,7 @@ class Run:
         completion: str,
         *,
         contrast: str | None = None,
-        span: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        span: SomeSpans | None = None,
     ) -> Measurement:
         """The log-probability of `completion` after `prompt`, as a measurement of this run's model."""
         longest = self._longest  # a model that is gone is told before its tokenizer
@@ -335,7 +336,7 @@ class Run:
         longest = self._longest
         return measure_tokens(self.tokenizer, ids, longest=longest)
 
-    def measure_messages(self, messages: Messages, *, span: tuple[int, int] | Sequence[tuple[int, int]] | None = None) -> Measurement:
+    def measure_messages(self, messages: Messages, *, span: SomeSpans | None = None) -> Measurement:
         """The log-probability of a conversation's last turn, which must be the assistant's, by the tokenizer's chat template."""
         longest = self._longest
         return measure_messages(self.tokenizer, messages, span=span, longest=longest)
@@ -372,7 +373,7 @@ class Run:
         completion: str,
         *,
         contrast: str | None = None,
-        span: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        span: SomeSpans | None = None,
         **options: Any,
     ) -> InfluenceResult:
         """The training sequences that most helped the model to say `completion` after `prompt`; `options` are those of `QueryOptions`."""

@@ -22,6 +22,7 @@ from influence.answering import QueryOptions
 from influence.config import load_config
 from influence.errors import RequestError
 from influence.refinement import RefineOptions
+from influence.report import words
 from influence.result import InfluenceResult
 from influence.run import Run, open_run
 from jobs.answers import answer_queries, answers_with_opponents, asked_before, keep_answers, measurements_of, writable_page, write_page
@@ -425,7 +426,9 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
     console = Console(markup=False, highlight=False)
     query, provenance = result.query, result.provenance
     console.print(Text(f"{query['prompt']}", style="dim") + Text(query["completion"], style="bold"))
-    console.print(_measured(query), style="dim")
+    if measured := words.measured(query.get("measured")):
+        console.print(measured, style="dim")
+    console.print(f"log-probability {query['log_probability']:.3f} nats", style="dim")
     largest = max((abs(share) for sequence in result.sequences for _, share in sequence.tokens), default=0.0)
     table = Table("rank", f"score ({result.unit})", "id", *(["bm25"] if bm25 else []), "text", show_lines=tokens)
     for sequence in result.sequences:
@@ -441,6 +444,11 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
         console.print(
             f"BM25 shares {result.lexical['overlap']} of its first {len(result.lexical['results'])} with these: {names}", style="dim"
         )
+    if tokens and provenance["tokens_by"] == "output":
+        console.print("a token is coloured by its share of the score as the one that was to be predicted", style="dim")
+    num_counted = sum(value is not None for value in query["token_log_probabilities"])
+    spread = words.tail_sentence(result.distribution), words.memorised(result.distribution, _verbatim(result), num_counted)
+    console.print(" ".join(spread), style="dim")
     recall = provenance["recall_at_10"]
     if refinement := provenance.get("refinement"):
         console.print(
@@ -460,14 +468,8 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
     )
 
 
-def _measured(query: dict[str, Any]) -> str:
-    """What was measured, in one line."""
-    measured = query.get("measured")
-    value = f"log-probability {query['log_probability']:.3f} nats"
-    if measured is None:
-        return value
-    what = f"{measured['reduce']} activation at {measured['layer']}" if "layer" in measured else measured.get("function", "function")
-    return f"{what} {measured['value']:.4g}; {value}"
+def _verbatim(result: InfluenceResult) -> list[dict[str, Any]]:
+    return [{"verbatim": sequence.verbatim} for sequence in result.sequences if sequence.score > 0]
 
 
 def _coloured(tokens: list[tuple[str, float]], largest: float) -> Text:

@@ -33,6 +33,9 @@ from jobs.progress import bar
 
 PARQUET, CSV = ".parquet", ".csv"
 
+SHOWN = 20
+"""Values of a metadata column in the terminal."""
+
 
 def health(
     run: Annotated[Path, typer.Argument(help="run directory, finished")],
@@ -43,7 +46,7 @@ def health(
         list[str] | None,
         typer.Option("--by", metavar="COLUMN", help="metadata column to sum by, the first also to judge outliers within; may be repeated"),
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="how many sequences of each kind")] = 10,
+    k: Annotated[int, typer.Option("-k", help="how many sequences of each kind")] = 10,
     weights: Annotated[
         Path | None, typer.Option("--weights", metavar="FILE", help="also write id and weight of each sequence, as .parquet or .csv")
     ] = None,
@@ -55,6 +58,8 @@ def health(
 ) -> None:
     """The training set in two passes: influence, self-influence, outliers, near-duplicates, shares by metadata and layer, weights."""
     _check_weights(weights)
+    if k < 1:
+        raise RequestError(f"k must be at least 1, not {k}")
     opened = open_within(run, model, memory_budget)
     directory = out or opened.directory.path / "evaluations" / "health"
     if directory.exists() and not directory.is_dir():
@@ -138,11 +143,13 @@ def _print(found: Health, page: Path, weights: Path | None) -> None:
     console.print(f"near-duplicates: {duplicates['sequences']:,} sequences in {duplicates['groups']:,} groups")
     for column, rows in summary["by"].items():
         table = Table(column, "sequences", "loss a token", "of self-influence", "of influence", "sum (nats)")
-        for row in rows:
+        for row in rows[:SHOWN]:
             shares = (words.percent(row["self_influence_share"]), words.percent(row["influence_share"]))
             total = f"{row['positive'] + row['negative']:+.4g}"
             table.add_row(Text(str(row["value"])), f"{row['sequences']:,}", f"{row['loss']:.3f}", *shares, total)
         console.print(table)
+        if len(rows) > SHOWN:
+            console.print(f"and {len(rows) - SHOWN:,} values of fewer sequences", style="dim")
     console.print(f"{page}", soft_wrap=True)
     if weights is not None:
         console.print(f"weights: {weights}", soft_wrap=True)
@@ -151,5 +158,5 @@ def _print(found: Health, page: Path, weights: Path | None) -> None:
 def _ranked(title: str, column: str, sequences: list[dict[str, Any]]) -> Table:
     table = Table("rank", f"{title} (nats)", "id", "loss a token", "text")
     for rank, one in enumerate(sequences, 1):
-        table.add_row(str(rank), f"{one[column]:+.4g}", Text(one["id"]), f"{one['loss']:.3f}", Text(" ".join(one["text"].split())[:120]))
+        table.add_row(str(rank), f"{one[column]:+.4g}", Text(one["id"]), f"{one['loss']:.3f}", Text(" ".join(one["text"].split())[:60]))
     return table

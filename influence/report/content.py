@@ -16,6 +16,7 @@ _LEVELS = 2047
 _DECADES = 5
 _TAIL_POINTS = 64
 _BRIEF = 90  # characters of a prompt that the table of contents shows
+_MEMBERS = 50  # queries of a set that are listed
 _MODULES = 10  # kinds of module are split into modules up to this many
 _PARTS = ("heading", "helped", "hurt", "layers", "training-set", "trust")  # anchors the template makes in every query
 
@@ -82,6 +83,8 @@ def _query(query: Mapping[str, Any], number: int, taken: set[str]) -> tuple[dict
         "overlap": words.overlap(query.get("bm25")),
         "spread": spread,
         "tail_sentence": words.tail_sentence(spread) if spread else "",
+        "memorised": words.memorised(query.get("distribution") or {}, query["results"], question["num_counted"]) if spread else "",
+        "by_output": (query.get("provenance") or {}).get("tokens_by") == "output",
         "coverage": _coverage(query.get("coverage") or {}, where),
         "trust": words.trust(query.get("provenance") or {}),
         "provenance": [(key.replace("_", " "), _fact(key, value)) for key, value in (query.get("provenance") or {}).items()],
@@ -120,7 +123,18 @@ def _asked(asked: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[s
         prompt, completion = spelling.shown(prompt), spelling.shown(completion)
     total = asked.get("log_probability")
     number_counted = sum(value is not None for value in counted)
-    known = {"prompt", "completion", "tokens", "token_log_probabilities", "log_probability", "id"}
+    known = {
+        "prompt",
+        "completion",
+        "tokens",
+        "token_log_probabilities",
+        "log_probability",
+        "id",
+        "messages",
+        "queries",
+        "combined",
+        "measured",
+    }
     page = {
         "prompt": prompt,
         "completion": completion,
@@ -129,9 +143,23 @@ def _asked(asked: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[s
         "log_probability": None if total is None else words.number(_finite(total, where)),
         "per_token": None if total is None or not number_counted else words.number(math.exp(min(0.0, total / number_counted))),
         "num_counted": number_counted,
+        "measured": words.measured(asked.get("measured")),
+        "members": [_member(member, where) for member in (asked.get("queries") or [])[:_MEMBERS]],
+        "more_members": max(0, len(asked.get("queries") or []) - _MEMBERS),
         "extras": [(key.replace("_", " "), words.plain(value)) for key, value in asked.items() if key not in known],
     }
     return page, probabilities
+
+
+def _member(member: Mapping[str, Any], where: str) -> dict[str, str]:
+    """A query of a set that was asked as one."""
+    return {
+        "name": spelling.shown(str(member["id"])),
+        "weight": words.number(_finite(member["weight"], where)),
+        "prompt": spelling.shown(str(member["prompt"]))[-_BRIEF:],
+        "completion": spelling.shown(str(member["completion"]))[:_BRIEF],
+        "log_probability": words.number(_finite(member["log_probability"], where)),
+    }
 
 
 def _sequence(

@@ -12,6 +12,9 @@ from influence.report import spelling, words
 LONGEST = 500
 """Characters of a text that are shown."""
 
+VALUES = 40
+"""Values of a metadata column that are shown."""
+
 IDS = 12
 """Ids of a group of near-duplicates that are shown."""
 
@@ -37,7 +40,7 @@ def health_content(health: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "run": str(health["run"]),
         "created": str(health["created"]),
-        "sequences": words.plain(health["sequences"]),
+        "num_sequences": words.plain(health["sequences"]),
         "tokens": words.plain(health["tokens"]),
         "loss": words.number(health["loss"]),
         "meaning": meaning,
@@ -118,8 +121,9 @@ def _column(place: int, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[st
                 "sum": words.signed(row["positive"] + row["negative"]),
                 "bar": _bar(row["positive"], row["negative"], largest),
             }
-            for row in rows
+            for row in rows[:VALUES]
         ],
+        "more": max(0, len(rows) - VALUES),
     }
 
 
