@@ -444,7 +444,7 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
         console.print(
             f"BM25 shares {result.lexical['overlap']} of its first {len(result.lexical['results'])} with these: {names}", style="dim"
         )
-    if tokens and provenance["tokens_by"] == "output":
+    if tokens and provenance.get("tokens_by") == "output":
         console.print("a token is coloured by its share of the score as the one that was to be predicted", style="dim")
     num_counted = sum(value is not None for value in query["token_log_probabilities"])
     spread = words.tail_sentence(result.distribution), words.memorised(result.distribution, _verbatim(result), num_counted)
