@@ -85,7 +85,7 @@ def query_gradients(
     """
     device = attributed.device
     owners = torch.tensor([query for query, measurement in enumerate(measurements) for _ in measurement.parts], device=device)
-    weights = torch.tensor([weight for measurement in measurements for weight, _ in measurement.parts], device=device)
+    weights = torch.tensor([weight for measurement in measurements for weight, _ in measurement.parts], dtype=torch.float64, device=device)
     sequences = [sequence for measurement in measurements for _, sequence in measurement.parts]
     functions = [measurement.function for measurement in measurements for _ in measurement.parts]
     gradients: dict[str, Tensor] = {}

@@ -27,7 +27,8 @@ def direction(layer: str, vector: Tensor, reduce: Reduction, facts: Mapping[str,
         raise RequestError(f"the activation is reduced by one of {', '.join(get_args(Reduction))}, not by {reduce!r}")
 
     def values(model: nn.Module, batch: SequenceBatch) -> Tensor:
-        products = _output(model, layer, batch.tokens) @ vector.to(batch.tokens.device)
+        output = _output(model, layer, batch.tokens)
+        products = output @ vector.to(output)
         if reduce == "max":
             return products.masked_fill(~batch.counted, -torch.inf).amax(1)
         if reduce == "last":

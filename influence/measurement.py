@@ -56,6 +56,7 @@ class Measurement:
     combined: Combination | None = None  # how `members` are, where this is a set
     members: "tuple[Member, ...]" = ()
     files: tuple[str, ...] = ()  # of the data set, where it is one
+    family: str | None = None  # which queries of a report it belongs with
 
     @property
     def unit(self) -> str:
@@ -225,7 +226,7 @@ def query_facts(
 ) -> dict[str, Any]:
     """What was asked, and what the model made of it, as JSON; `log_probabilities` are [T] and `values` the function's, both for each part."""
     facts: dict[str, Any] = {"prompt": measurement.prompt, "completion": measurement.completion}
-    for name in ("contrast", "input_ids", "messages", "combined"):
+    for name in ("contrast", "input_ids", "messages", "combined", "family"):
         if getattr(measurement, name) is not None:
             facts[name] = getattr(measurement, name)
     if measurement.span is not None:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -97,13 +98,14 @@ def asked_before(run: Run) -> Asked:
 
 
 def _asked_again(run: Run, query: Mapping[str, Any]) -> Measurement:
+    if query.get("family") is not None:
+        return replace(_asked_again(run, {**query, "family": None}), family=query["family"])
     if query.get("combined"):
         members = [Member(name=one["id"], weight=one["weight"], measurement=_asked_again(run, one)) for one in query["queries"]]
         return combine(members, query["combined"])
     measured = query.get("measured")
     if measured is not None:
-        plain = _asked_again(run, {key: value for key, value in query.items() if key != "measured"})
-        return with_function(plain, run.direction(measured["file"], measured["reduce"]))
+        return with_function(_asked_again(run, {**query, "measured": None}), run.direction(measured["file"], measured["reduce"]))
     if "data" in query:
         return run.measure_data(query["data"])
     if "input_ids" in query:
@@ -214,15 +216,22 @@ def read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
 
 
 def _measurement_of(run: Run, item: dict[str, Any], place: str) -> Measurement:
+    family = item.get("family")
+    if family is not None and not isinstance(family, str):
+        raise RequestError(f"{place}: the family must be a name, not {family!r}")
     try:
-        if "messages" in item:
-            return run.measure_messages(item["messages"])
-        if isinstance(item.get("input_ids"), list):
-            return run.measure_tokens(item["input_ids"])
-        if isinstance(item.get("text"), str):
-            return run.measure("", item["text"])
-        if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
-            return run.measure(item["prompt"], item["completion"])
+        return replace(_asked_by(run, item, place), family=family)
     except RequestError as error:
-        raise RequestError(f"{place}: {error}") from None
+        raise RequestError(str(error) if place in str(error) else f"{place}: {error}") from None
+
+
+def _asked_by(run: Run, item: dict[str, Any], place: str) -> Measurement:
+    if "messages" in item:
+        return run.measure_messages(item["messages"])
+    if isinstance(item.get("input_ids"), list):
+        return run.measure_tokens(item["input_ids"])
+    if isinstance(item.get("text"), str):
+        return run.measure("", item["text"])
+    if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
+        return run.measure(item["prompt"], item["completion"])
     raise RequestError(f"{place}: expected prompt and completion, or text, or messages, or input_ids; got {', '.join(item) or 'nothing'}")

@@ -29,6 +29,7 @@ from influence import Measurement, QueryOptions, RequestError, Run, open_run
 from influence.attribution import AttributedModel, by_output_token, query_gradients, score_sequences
 from influence.concentration import concentration, longest_run
 from influence.measurement import Member, combine, measure_messages, with_function
+from influence.report.layers import shares_by_family
 from jobs.answers import asked_before, keep_answers, measurements_of
 
 PROMPT, COMPLETION = "Oslo lies on the", " Aker. The town is known"
@@ -278,6 +279,7 @@ def test_shares_by_output_token_are_the_gradients_of_each_tokens_own_loss(archit
     draw = torch.Generator().manual_seed(1)
     vector = {layer.name: torch.randn(layer.shape, generator=draw, dtype=torch.float64) for layer in layers}
     found = token_loss_derivatives(model, layers, batch, vector)
+    tolerance = 1e-9 if architecture in ("gpt2", "neox", "phi") else 1e-5  # the norms of the others compute in float32
     losses = token_losses(model, batch)
     names, parameters = zip(*model.named_parameters(), strict=True)
     for n, t in batch.counted.nonzero().tolist():
@@ -285,7 +287,7 @@ def test_shares_by_output_token_are_the_gradients_of_each_tokens_own_loss(archit
         full = {name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, parameters, grads, strict=True)}
         own = as_vectors(model, layers, full)
         expected = sum((own[name] * vector[name]).sum() for name in vector)
-        torch.testing.assert_close(found[n, t], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found[n, t], expected, rtol=tolerance, atol=tolerance)
     assert not found[~batch.counted].any()
 
 
@@ -359,6 +361,26 @@ def test_training_text_as_completion_is_found_word_for_word(run: Run) -> None:
     counted = sum(value is not None for value in result.query["token_log_probabilities"])
     assert next(one.verbatim for one in result.sequences if one.id == run.store.ids[8]) == counted
     assert max(one.verbatim or 0 for one in result.sequences) == counted
+
+
+def test_families_share_their_influence_among_blocks() -> None:
+    low, high = {"h.0.mlp": 3.0, "h.1.mlp": 1.0, "wte": 0.0}, {"h.0.mlp": -1.0, "h.1.mlp": 2.0, "wte": 1.0}
+    nothing = {"h.0.mlp": -1.0, "h.1.mlp": 0.0, "wte": 0.0}
+    rows, shares = shares_by_family([("facts", [low, low]), ("facts", [nothing]), ("names", [high]), ("names", [low])])
+    assert rows == ["0", "1", "wte"]
+    assert shares == {"facts": pytest.approx([0.75, 0.25, 0]), "names": pytest.approx([(-0.5 + 0.75) / 2, (1 + 0.25) / 2, 0.25])}
+
+
+def test_report_compares_families_that_the_queries_name(influence: Influence, finished: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": PROMPT, "completion": COMPLETION, "family": "<places>"}, {"text": "Lima lies on the Rímac.", "family": "rivers"}]
+    page = tmp_path / "page.html"
+    assert influence("report", finished, "--queries", write_jsonl(tmp_path / "q.jsonl", lines), "--out", page, "-k", 2).status == 0
+    assert 'id="families"' in page.read_text()
+    assert "&lt;places&gt; <small>1 query</small>" in page.read_text()
+    assert influence("report", finished, "--queries", write_jsonl(tmp_path / "q.jsonl", lines[:1]), "--out", page, "-k", 2).status == 0
+    assert 'id="families"' not in page.read_text()
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", [lines[0] | {"family": 3}])
+    influence("report", finished, "--queries", wrong, "--out", page).says("line 1: the family must be a name, not 3")
 
 
 # --- the command line, and asking again ---

@@ -17,7 +17,7 @@ from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from influence.report import spelling
-from influence.report.content import content
+from influence.report.content import content, families
 from influence.report.health import health_content
 
 LIMIT_BYTES = 2_000_000
@@ -39,6 +39,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         run=report.get("run"),
         created=report.get("created"),
         queries=queries,
+        families=families(report),
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
