@@ -57,9 +57,7 @@ class SequenceScores:
     """Exact scores of some sequences for one query; row sums of `layers` and sums of `tokens` are the scores."""
 
     layers: NDArray[np.float64]  # [K, L]
-    tokens: list[
-        NDArray[np.float64]
-    ]  # K arrays [T]: the share of each position, at which that token is the input, or of each predicted token
+    tokens: list[NDArray[np.float64]]  # K arrays [T]: the share of each position, where that token is the input; or of each predicted token
 
     def times(self, weights: NDArray[np.float64]) -> "SequenceScores":
         """Each sequence's scores times its weight, [K]."""
@@ -121,7 +119,7 @@ def _add_gradients(
             return losses[0].sum()
         values, logits = _values(attributed.model, batch, function)
         losses.append(at_counted(counted_losses(logits.detach(), batch), batch))
-        return 0 * logits.sum() - values.sum()  # layers that the function does not use have a gradient too, of zero
+        return (0 * logits).sum() - values.sum()  # layers that the function does not use have a gradient too, of zero
 
     def consume(layer: Layer, record: Record) -> None:
         vectors = (factors[layer.name].input_vectors, factors[layer.name].output_vectors) if factors else (None, None)

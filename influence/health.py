@@ -107,14 +107,14 @@ def measure_health(
     if queries is not None and queries.function is not None:
         raise RequestError("the health of a training set is measured with log-probabilities, not with a function")
     start = time.perf_counter()
-    numbers = np.flatnonzero(run.live)
+    rows, numbers = run.rows, np.flatnonzero(run.live)  # an index that is not there is told before the passes
     metadata = [found for found, live in zip(run.store.metadata(), run.live, strict=True) if live]
     sources = _grouped(metadata, by)
     passes = _Passes(run=run, queries=queries, keep=keep, progress=progress)
     scans = [passes.scan(shard) for shard in range(run.store.num_shards)]
     influence, losses, num_tokens = (np.concatenate([scan[name] for scan in scans]) for name in ("influence", "losses", "num_tokens"))
     passed = time.perf_counter()
-    groups = all_duplicates(run.rows, run.live)
+    groups = all_duplicates(rows, run.live)
     found = time.perf_counter()
     own = run.self_influence[numbers]
     source = next(iter(sources.values()), np.zeros(len(numbers), dtype=object))

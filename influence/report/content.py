@@ -167,6 +167,7 @@ def _asked(asked: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[s
         "queries",
         "combined",
         "measured",
+        "family",
     }
     page = {
         "prompt": prompt,
