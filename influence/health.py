@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 MOST_VALUES = 200
 """A metadata column of more values than that tells no groups apart."""
 
+MOST_IDS = 100
+"""Ids of a group of near-duplicates in the summary; the columns tell the group of every sequence."""
+
 LENGTH_GROUPS = 10
 FEW = 5
 """A source, or a tenth by length, of fewer sequences has no median of its own."""
@@ -107,14 +110,15 @@ def measure_health(
     if queries is not None and queries.function is not None:
         raise RequestError("the health of a training set is measured with log-probabilities, not with a function")
     start = time.perf_counter()
-    rows, numbers = run.rows, np.flatnonzero(run.live)  # an index that is not there is told before the passes
-    metadata = [found for found, live in zip(run.store.metadata(), run.live, strict=True) if live]
+    rows, live = run.rows, run.live  # an index that is not there is told before the passes
+    numbers = np.flatnonzero(live)
+    metadata = [found for found, kept in zip(run.store.metadata(), live, strict=True) if kept]
     sources = _grouped(metadata, by)
-    passes = _Passes(run=run, queries=queries, keep=keep, progress=progress)
+    passes = _Passes(run=run, live=live, queries=queries, keep=keep, progress=progress)
     scans = [passes.scan(shard) for shard in range(run.store.num_shards)]
     influence, losses, num_tokens = (np.concatenate([scan[name] for scan in scans]) for name in ("influence", "losses", "num_tokens"))
     passed = time.perf_counter()
-    groups = all_duplicates(rows, run.live)
+    groups = all_duplicates(rows, live)
     found = time.perf_counter()
     own = run.self_influence[numbers]
     source = next(iter(sources.values()), np.zeros(len(numbers), dtype=object))
@@ -134,7 +138,7 @@ def measure_health(
     asked = passes.asked
     named = _Named(run=run, numbers=numbers, columns=columns, metadata=metadata)
     summary = {
-        "about": asked or {"training_set": True, "sequences": int(run.live[: len(run.training)].sum())},
+        "about": asked or {"training_set": True, "sequences": passes.num_trained},
         "sequences": len(numbers),
         "tokens": int(num_tokens.sum()),
         "loss": float(losses.sum() / num_tokens.sum()),
@@ -158,7 +162,7 @@ def measure_health(
             "method": "ekfac",
             "damping": run.description["settings"]["factors"]["damping"],
             "appended": len(run.store) - len(run.training),
-            "removed": int((~run.live).sum()),
+            "removed": int((~live).sum()),
             "seconds": {
                 "passes": round(passed - start, 3),
                 "duplicates": round(found - passed, 3),
@@ -181,9 +185,20 @@ class _Passes:
     """The work on the model: the query's gradient, and a scan of each shard."""
 
     run: "Run"
+    live: NDArray[np.bool_]  # [N]
     queries: Measurement | None
     keep: Keep
     progress: Progress
+
+    @property
+    def num_trained(self) -> int:
+        """Of how many live sequences the mean training gradient is."""
+        return int(self.live[: len(self.run.training)].sum())
+
+    def sequences(self, shard: int) -> list[TrainingSequence]:
+        """The live ones of a shard."""
+        live = self.live[int(self.run.store.starts[shard]) :]
+        return [sequence for place, sequence in enumerate(self.run.store.shard(shard)) if live[place]]
 
     @property
     def asked(self) -> dict[str, Any] | None:
@@ -195,7 +210,7 @@ class _Passes:
 
     def scan(self, shard: int) -> Arrays:
         """Influence and summed loss of each live sequence of the shard, and by layer the sums of positive and of negative influence."""
-        sequences = _live(self.run, shard)
+        sequences = self.sequences(shard)
         done = int(self.run.store.starts[shard]) + (0 if self.queries is not None else len(self.run.training))
         found = self.keep(f"scan-{shard:05d}", lambda: self._scan(sequences, lambda count: self._advance(done + count)))
         self._advance(done + len(sequences))
@@ -243,25 +258,22 @@ class _Passes:
         parts = np.array_split(np.arange(run.training.num_shards), min(GRADIENT_PARTS, run.training.num_shards))
         totals: dict[str, torch.Tensor] = {}
         for place, shards in enumerate(parts):
-            done = int(run.training.starts[shards[0]])
-            kept = self.keep(f"gradient-{place:05d}", lambda shards=shards, done=done: self._summed(shards, done))  # type: ignore[misc]
+            kept = self.keep(f"gradient-{place:05d}", lambda shards=shards: self._summed(shards))  # type: ignore[misc]
             for name, part in kept.items():
                 found = torch.from_numpy(part).to(run.attributed.device)
                 totals[name] = totals[name] + found if name in totals else found
-        num_live = int(run.live[: len(run.training)].sum())
-        if num_live == 0:
+        if self.num_trained == 0:
             raise RequestError(f"every training sequence was removed from {run.directory}: give --queries, or ask about another run")
-        return precondition({name: total / num_live for name, total in totals.items()}, run.factors)
+        return precondition({name: total / self.num_trained for name, total in totals.items()}, run.factors)
 
-    def _summed(self, shards: NDArray[np.int64], done: int) -> Arrays:
-        sequences = [sequence for shard in shards for sequence in _live(self.run, int(shard))]
-        found = gradient_sum(self.run.attributed, sequences, lambda count: self._advance(done + count))
-        return {name: total.cpu().numpy() for name, total in found.items()}
-
-
-def _live(run: "Run", shard: int) -> list[TrainingSequence]:
-    start = int(run.store.starts[shard])
-    return [sequence for place, sequence in enumerate(run.store.shard(shard)) if run.live[start + place]]
+    def _summed(self, shards: NDArray[np.int64]) -> Arrays:
+        """Σ ∇L over the live sequences of these shards."""
+        totals: dict[str, torch.Tensor] = {}
+        for shard in shards:
+            done = int(self.run.store.starts[shard])
+            found = gradient_sum(self.run.attributed, self.sequences(int(shard)), lambda count, done=done: self._advance(done + count))  # type: ignore[misc]
+            totals = {name: totals[name] + part if totals else part for name, part in found.items()}
+        return {name: total.cpu().numpy() for name, total in totals.items()}
 
 
 def gradient_sum(
@@ -291,7 +303,7 @@ def distances(values: NDArray[np.float64], num_tokens: NDArray[np.int64], source
     rest = np.where(np.isfinite(values), values, np.nan)
     edges = np.unique(np.quantile(num_tokens, np.linspace(0, 1, LENGTH_GROUPS + 1)[1:-1]))
     by_length = _members(np.searchsorted(edges, num_tokens, side="left"))
-    by_source = _members(np.unique(source.astype(str), return_inverse=True)[1])
+    by_source = _members(_labels(source))
     for members in 2 * [*by_source, *by_length]:
         if np.isfinite(rest[members]).sum() >= FEW:
             rest[members] -= np.nanmedian(rest[members])
@@ -304,6 +316,12 @@ def _members(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """The places of each label."""
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def _labels(values: NDArray[Any]) -> NDArray[np.int64]:
+    """A number for each value, in the order in which the values first come."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    return np.array([numbers[value] for value in values], dtype=np.int64)
 
 
 def weights(influence: NDArray[np.float64], duplicates: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -384,7 +402,7 @@ def _duplicates(groups: Sequence[NDArray[np.int64]], named: _Named, k: int) -> d
         "largest": [
             {
                 "size": len(group),
-                "ids": [named.run.store.ids[number] for number in group],
+                "ids": [named.run.store.ids[number] for number in group[:MOST_IDS]],
                 "examples": named.all(np.searchsorted(named.numbers, group[:3])),
             }
             for group in shown
@@ -394,25 +412,24 @@ def _duplicates(groups: Sequence[NDArray[np.int64]], named: _Named, k: int) -> d
 
 def _shares(values: NDArray[Any], columns: Arrays) -> list[dict[str, Any]]:
     """What the sequences of each value are and do together, the value of most sequences first."""
-    totals = {name: float(columns[name].sum()) for name in ("num_tokens", "self_influence")}
-    absolute = float(np.abs(columns["influence"]).sum())
+    self_influence, absolute = float(columns["self_influence"].sum()), float(np.abs(columns["influence"]).sum())
 
-    def row(value: Any) -> dict[str, Any]:
-        members = values == value
+    def row(value: str, members: NDArray[np.int64]) -> dict[str, Any]:
         influence, tokens = columns["influence"][members], int(columns["num_tokens"][members].sum())
         return {
             "value": value,
-            "sequences": int(members.sum()),
+            "sequences": len(members),
             "tokens": tokens,
             "loss": float((columns["loss"] * columns["num_tokens"])[members].sum() / tokens),
             "self_influence": float(columns["self_influence"][members].sum()),
-            "self_influence_share": _ratio(float(columns["self_influence"][members].sum()), totals["self_influence"]),
+            "self_influence_share": _ratio(float(columns["self_influence"][members].sum()), self_influence),
             "positive": float(np.maximum(influence, 0).sum()),
             "negative": float(np.minimum(influence, 0).sum()),
             "influence_share": _ratio(float(np.abs(influence).sum()), absolute),
         }
 
-    return sorted((row(value) for value in dict.fromkeys(values)), key=lambda one: -one["sequences"])
+    rows = (row(values[members[0]], members) for members in _members(_labels(values)))
+    return sorted(rows, key=lambda one: -one["sequences"])
 
 
 def _ratio(part: float, whole: float) -> float:

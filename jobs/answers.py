@@ -217,15 +217,15 @@ def read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
 
 def _measurement_of(run: Run, item: dict[str, Any], place: str) -> Measurement:
     family = item.get("family")
-    if family is not None and not isinstance(family, str):
-        raise RequestError(f"{place}: the family must be a name, not {family!r}")
     try:
-        return replace(_asked_by(run, item, place), family=family)
+        if family is not None and not isinstance(family, str):
+            raise RequestError(f"the family must be a name, not {family!r}")
+        return replace(_asked_by(run, item), family=family)
     except RequestError as error:
-        raise RequestError(str(error) if place in str(error) else f"{place}: {error}") from None
+        raise RequestError(f"{place}: {error}") from None
 
 
-def _asked_by(run: Run, item: dict[str, Any], place: str) -> Measurement:
+def _asked_by(run: Run, item: dict[str, Any]) -> Measurement:
     if "messages" in item:
         return run.measure_messages(item["messages"])
     if isinstance(item.get("input_ids"), list):
@@ -234,4 +234,4 @@ def _asked_by(run: Run, item: dict[str, Any], place: str) -> Measurement:
         return run.measure("", item["text"])
     if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
         return run.measure(item["prompt"], item["completion"])
-    raise RequestError(f"{place}: expected prompt and completion, or text, or messages, or input_ids; got {', '.join(item) or 'nothing'}")
+    raise RequestError(f"expected prompt and completion, or text, or messages, or input_ids; got {', '.join(item) or 'nothing'}")
