@@ -8,7 +8,7 @@ from ekfac.fit import assemble, covariance_pass, eigenvalue_pass, fit, merge, of
 from ekfac.gauss_newton import Solution, Vectors, conjugate_gradients, gauss_newton_product
 from ekfac.hashing import key_of, keyed_bits, keyed_uniforms
 from ekfac.kronecker import Covariance, Damping, Eigenbasis, EigenvalueSum, LayerFactors, corrected_eigenvalues, eigenbasis, layer_factors
-from ekfac.language import Loss, SequenceBatch, drawn_label_loss, token_losses, true_label_loss
+from ekfac.language import Loss, SequenceBatch, at_counted, counted_losses, drawn_label_loss, token_losses, true_label_loss
 from ekfac.layers import Coverage, Layer, attributable_layers, evaluation_mode, matches
 from ekfac.parameters import as_parameters, as_vectors
 from ekfac.record import (
@@ -20,11 +20,13 @@ from ekfac.record import (
     Record,
     Rows,
     ScaleIO,
+    as_one_sequence,
     gradient_blocks,
     inner_products,
     position_inner_products,
     sequence_gradients,
 )
+from ekfac.token_derivatives import token_loss_derivatives
 
 __all__ = [
     "BLOCK_NUMBERS",
@@ -46,13 +48,16 @@ __all__ = [
     "SequenceBatch",
     "Solution",
     "Vectors",
+    "as_one_sequence",
     "as_parameters",
     "as_vectors",
     "assemble",
+    "at_counted",
     "attributable_layers",
     "capture",
     "conjugate_gradients",
     "corrected_eigenvalues",
+    "counted_losses",
     "covariance_pass",
     "drawn_label_loss",
     "eigenbasis",
@@ -72,6 +77,7 @@ __all__ = [
     "position_inner_products",
     "reached_positions",
     "sequence_gradients",
+    "token_loss_derivatives",
     "token_losses",
     "true_label_loss",
 ]

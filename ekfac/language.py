@@ -49,16 +49,24 @@ def true_label_loss(model: nn.Module, batch: SequenceBatch) -> Tensor:
 
 def token_losses(model: nn.Module, batch: SequenceBatch) -> Tensor:
     """[N, T]: minus each counted token's log-probability in nats, zero at the others."""
-    log_probabilities = _counted_log_probabilities(model, batch)
-    picked = log_probabilities.gather(1, batch.tokens[batch.counted][:, None])[:, 0]
-    return torch.zeros_like(batch.tokens, dtype=picked.dtype).masked_scatter(batch.counted, -picked)
+    return at_counted(counted_losses(model(input_ids=batch.tokens, use_cache=False).logits, batch), batch)
+
+
+def counted_losses(logits: Tensor, batch: SequenceBatch) -> Tensor:
+    """[M]: minus the log-probability of each of the M counted tokens, in row-major order, by these logits [N, T, V]."""
+    return -_counted_log_probabilities(logits, batch).gather(1, batch.tokens[batch.counted][:, None])[:, 0]
+
+
+def at_counted(values: Tensor, batch: SequenceBatch) -> Tensor:
+    """[N, T]: the values [M] at the counted tokens, zero at the others."""
+    return torch.zeros_like(batch.tokens, dtype=values.dtype).masked_scatter(batch.counted, values)
 
 
 def drawn_label_loss(seed: int) -> Loss:
     """The same loss with every counted token replaced by one drawn from the model's own prediction of it."""
 
     def loss(model: nn.Module, batch: SequenceBatch) -> Tensor:
-        log_probabilities = _counted_log_probabilities(model, batch)
+        log_probabilities = _counted_log_probabilities(model(input_ids=batch.tokens, use_cache=False).logits, batch)
         uniforms = torch.from_numpy(keyed_uniforms(seed, batch.keys, batch.tokens.shape[1]))
         labels = _draw(log_probabilities.detach(), uniforms.to(batch.tokens.device)[batch.counted])
         return -log_probabilities.gather(1, labels[:, None]).sum()
@@ -73,9 +81,9 @@ def _draw(log_probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_(max=cumulative.shape[1] - 1)
 
 
-def _counted_log_probabilities(model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """[M, V]: the log-probabilities that the model gives, at the M counted tokens in row-major order, from the positions before them."""
-    logits = model(input_ids=batch.tokens, use_cache=False).logits[:, :-1][batch.counted[:, 1:]]
+def _counted_log_probabilities(logits: Tensor, batch: SequenceBatch) -> Tensor:
+    """[M, V]: the log-probabilities that logits [N, T, V] give, at the M counted tokens in row-major order, from the positions before them."""
+    logits = logits[:, :-1][batch.counted[:, 1:]]
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return torch.log_softmax(logits, dim=-1)

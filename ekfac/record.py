@@ -205,6 +205,41 @@ def sequence_gradients(record: Record) -> Array:
     return xp.concat([block for _, block in gradient_blocks(record)], axis=1)
 
 
+def as_one_sequence(record: Record) -> Record:
+    """The record of the whole batch as that of a single sequence: its gradient is the sum of theirs, for the price of one weight gradient."""
+    if isinstance(record, LayerIO):
+        return _linear_as_one(record)
+    if isinstance(record, ScaleIO):
+        return ScaleIO(
+            normalized=_joined(record.normalized),
+            output_gradients=_joined(record.output_gradients),
+            mask=_joined(record.mask),
+            bias=record.bias,
+        )
+    lookup, head = record.lookup, record.head
+    return EmbeddingIO(
+        lookup=lookup and LookupIO(indices=_joined(lookup.indices), row_gradients=_joined(lookup.row_gradients)),
+        head=head and _linear_as_one(head),
+        mask=_joined(record.mask),
+        num_rows=record.num_rows,
+    )
+
+
+def _linear_as_one(record: LayerIO) -> LayerIO:
+    return LayerIO(
+        activations=_joined(record.activations),
+        output_gradients=_joined(record.output_gradients),
+        mask=_joined(record.mask),
+        bias=record.bias,
+    )
+
+
+def _joined(values: Array) -> Array:
+    """[1, N·T, …] of [N, T, …]."""
+    xp = array_api_compat.array_namespace(values)
+    return xp.reshape(values, (1, values.shape[0] * values.shape[1], *values.shape[2:]))
+
+
 def inner_products(record: Record, vectors: Array) -> Array:
     """⟨vector q, gradient of sequence n⟩ for vectors [Q, O, J]: an array [Q, N]."""
     xp = array_api_compat.array_namespace(vectors)

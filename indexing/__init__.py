@@ -3,12 +3,13 @@
 Knows factors and rows; knows nothing of texts, tokenizers, run directories or Ray.
 """
 
-from indexing.duplicates import group_duplicates
+from indexing.duplicates import ALIKE, all_duplicates, group_duplicates
 from indexing.features import FeatureSpec, LayerBuckets, Spreader, feature_rows, feature_spec, query_rows, spreaders
 from indexing.rows import Encoding, RowFormat, RowShards, open_rows, row_length_within
 from indexing.search import Candidates, RowIndex, best, exact_search, recall, row_scores
 
 __all__ = [
+    "ALIKE",
     "Candidates",
     "Encoding",
     "FeatureSpec",
@@ -17,6 +18,7 @@ __all__ = [
     "RowIndex",
     "RowShards",
     "Spreader",
+    "all_duplicates",
     "best",
     "exact_search",
     "feature_rows",

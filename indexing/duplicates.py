@@ -1,14 +1,21 @@
-"""Near-duplicates: sequences whose rows point the same way, so that a ranking can show them as one."""
+"""Near-duplicates: sequences whose rows point the same way, so that a ranking can show them as one, and a training set be cleaned of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from indexing.rows import RowShards
 
 ALIKE = 0.95
 """From which cosine of whitened gradients on two sequences are duplicates."""
+
+SKETCH_BYTES = 512
+WORD_BYTES = 8
+ORDERS = 64
+PAIRS_AT_ONCE = 2**12
 
 
 def group_duplicates(rows: RowShards, numbers: Sequence[int], count: int) -> list[list[int]]:
@@ -32,6 +39,66 @@ def group_duplicates(rows: RowShards, numbers: Sequence[int], count: int) -> lis
             groups.append([place])
             firsts = np.concatenate([firsts, own])
     return groups
+
+
+def all_duplicates(rows: RowShards, allowed: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+    """Every group of near-duplicates among the allowed rows [N]: their numbers, ascending. Rows that chains of duplicates connect are one group.
+
+    The signs of a row are a sketch in which near-duplicates differ at one bit in ten. Rows are sorted by 64 bits of it, 64 times by others, and
+    neighbours in any of these orders are compared: first their sketches, then, where these are alike, the whole rows. Takes 512 bytes a row and
+    time in proportion to N log N. A pair at the threshold shares the first 20 bits of an order, enough to be neighbours among a million unrelated
+    rows, with a probability of .12, and those of one of 64 orders with .9997.
+    """
+    numbers, sketch = _sketches(rows, allowed)
+    pairs = np.unique(np.concatenate([np.zeros((0, 2), dtype=np.int64), *_neighbours(sketch)]), axis=0)
+    alike = [pairs[some][_cosines(rows, *numbers[pairs[some]].T) >= ALIKE] for some in _parts(len(pairs))]
+    linked = np.concatenate([np.zeros((0, 2), dtype=np.int64), *alike])
+    graph = coo_array((np.ones(len(linked), dtype=np.int8), (linked[:, 0], linked[:, 1])), shape=(len(numbers), len(numbers)))
+    _, labels = connected_components(graph, directed=False)
+    order = np.argsort(labels, kind="stable")
+    groups = np.split(numbers[order], np.flatnonzero(np.diff(labels[order])) + 1)
+    return sorted((group for group in groups if len(group) > 1), key=lambda group: int(group[0]))
+
+
+def _sketches(rows: RowShards, allowed: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """The numbers of the allowed rows that are not zero, and their signs, padded to a whole word at least."""
+    kept_numbers, kept = [], []
+    for first, block in rows.blocks():
+        signs, scales = rows.format.sketch(block, SKETCH_BYTES)
+        here = allowed[first : first + len(block)] & (scales > 0)
+        kept_numbers.append(first + np.flatnonzero(here))
+        kept.append(signs[here])
+    signs = np.concatenate(kept)
+    return np.concatenate(kept_numbers), np.pad(signs, ((0, 0), (0, max(0, WORD_BYTES - signs.shape[1]))))
+
+
+def _neighbours(sketch: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
+    """Pairs [P, 2] of places whose sketches are neighbours in some order, and alike."""
+    num_bytes = sketch.shape[1]
+    share = np.arccos(ALIKE) / np.pi
+    most = 8 * num_bytes * share + 4 * np.sqrt(8 * num_bytes * share * (1 - share))  # four standard deviations of a sketch
+    draw = np.random.default_rng(0)
+    for _ in range(ORDERS):
+        # Bytes from all over the row, whose parts belong to different layers.
+        keys = np.ascontiguousarray(sketch[:, draw.permutation(num_bytes)[:WORD_BYTES]]).view(">u8")[:, 0]
+        order = np.argsort(keys, kind="stable")
+        for some in _parts(len(order) - 1):
+            left, right = order[:-1][some], order[1:][some]
+            near = np.bitwise_count(sketch[left] ^ sketch[right]).sum(1) <= most
+            yield np.sort(np.stack([left[near], right[near]], axis=1), axis=1)
+
+
+def _cosines(rows: RowShards, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[P]: of the rows of these numbers, pair by pair."""
+    if rows.format.encoding == "bit":
+        signs = [rows.take(side)[:, :-4] for side in (left, right)]
+        return np.asarray(np.cos(np.pi * np.bitwise_count(signs[0] ^ signs[1]).sum(1) / rows.format.length))
+    ours, theirs = (_unit(rows.format.decode(rows.take(side))) for side in (left, right))
+    return np.asarray((ours * theirs).sum(1, dtype=np.float64))
+
+
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(first, min(first + PAIRS_AT_ONCE, count)) for first in range(0, count, PAIRS_AT_ONCE))
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:

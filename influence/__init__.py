@@ -4,7 +4,8 @@ from influence.answering import QueryOptions, answer, answer_both_ends
 from influence.client import AsyncClient, Client, ServerFailure, ServerRefusal
 from influence.config import Config, load_config
 from influence.errors import RequestError
-from influence.measurement import Measurement, measure_completion, measure_tokens
+from influence.health import Health
+from influence.measurement import Measurement, Member, combine, measure_completion, measure_messages, measure_tokens, with_function
 from influence.optimizer_state import save_optimizer_state
 from influence.refinement import RefineOptions
 from influence.result import InfluenceResult, RankedSequence, report_page
@@ -14,8 +15,10 @@ __all__ = [
     "AsyncClient",
     "Client",
     "Config",
+    "Health",
     "InfluenceResult",
     "Measurement",
+    "Member",
     "QueryOptions",
     "RankedSequence",
     "RefineOptions",
@@ -25,10 +28,13 @@ __all__ = [
     "ServerRefusal",
     "answer",
     "answer_both_ends",
+    "combine",
     "load_config",
     "measure_completion",
+    "measure_messages",
     "measure_tokens",
     "open_run",
     "report_page",
     "save_optimizer_state",
+    "with_function",
 ]

@@ -14,15 +14,26 @@ from numpy.typing import NDArray
 
 from ekfac import Solution, matches
 from indexing import best, group_duplicates, row_scores
-from influence.attribution import AttributedModel, Parts, SequenceScores, joined, mean_scores, scan_parts, score_sequences
+from influence.attribution import (
+    AttributedModel,
+    Parts,
+    SequenceScores,
+    by_output_token,
+    function_values,
+    joined,
+    mean_scores,
+    scan_parts,
+    score_sequences,
+)
+from influence.concentration import concentration, longest_run
 from influence.errors import RequestError
 from influence.lexical import ranks
 from influence.living import Living
-from influence.measurement import Measurement
+from influence.measurement import Measurement, query_facts, question
 from influence.refinement import RefineOptions, summary
 from influence.result import InfluenceResult, RankedSequence
 from influence.run_directory import digest
-from influence.solving import Progress, check_refinable, ignore, in_groups, solved, within_memory
+from influence.solving import Progress, check_differentiable, check_refinable, ignore, in_groups, solved, within_memory
 
 if TYPE_CHECKING:
     from influence.run import Run
@@ -51,6 +62,7 @@ class QueryOptions:
     normalize: bool = False  # divide each score by √self-influence of its sequence (RelatIF, Barshan et al. 2020)
     refine: RefineOptions | None = None  # solve with the exact Gauss-Newton Hessian instead of EK-FAC alone
     bm25: bool = False
+    by_output_token: bool = False  # a token's share is that of predicting it, instead of that of the position where it is the input
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -98,6 +110,8 @@ def _checked(runs: Sequence["Run"], options: QueryOptions) -> NDArray[np.bool_] 
             selected(run.attributed, options.layers)
             if options.refine:
                 check_refinable(run)
+            if options.by_output_token:
+                check_differentiable(run)
         return _allowed(runs, options.where)
     except RequestError as error:
         raise OptionsRefused(str(error)) from None
@@ -175,13 +189,14 @@ class _Asked:
         """Exact scores of these sequences for every query, [Q, len(numbers)], in one pass over them."""
         return scan_parts(self.vectors, self.run.store.select(numbers)) * self.weights[list(numbers)]
 
-    def splits(self, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[SequenceScores]:
+    def splits(self, wanted: Sequence[tuple[int, Sequence[int]]], options: QueryOptions) -> list[SequenceScores]:
         """For each (query, numbers): exact scores of these sequences for that query, by layer and by token."""
+        split = by_output_token if options.by_output_token else score_sequences
         found: list[list[SequenceScores]] = [[] for _ in wanted]
         for part, vectors in self.vectors:
             for place, (query, numbers) in enumerate(wanted):
                 one = {name: vector[query] for name, vector in vectors.items()}
-                found[place].append(score_sequences(part, one, self.run.store.select(numbers)))
+                found[place].append(split(part, one, self.run.store.select(numbers)))
         return [joined(parts).times(self.weights[list(numbers)]) for parts, (_, numbers) in zip(found, wanted, strict=True)]
 
 
@@ -255,7 +270,7 @@ def _answers_of_group(
         for place in range(len(measurements))
     ]
     shown = [(place, order.shown) for place, own in enumerate(orders) for order in own]
-    splits = zip(*(one.splits(shown) for one in asked), strict=True)
+    splits = zip(*(one.splits(shown, options) for one in asked), strict=True)
     rankings = [[_ranking(order, next(splits)) for order in own] for own in orders]
     watch.lap("rerank")
     stages = {stage: seconds / len(measurements) / len(signs) for stage, seconds in watch.laps.items()}
@@ -352,12 +367,12 @@ def _result(
 ) -> InfluenceResult:
     first = asked[0].run
     query = _query_facts(asked, place, measurement)
-    identity: list[Any] = [{**query, "token_log_probabilities": None, "log_probability": None}, _plain(options)]
+    identity: list[Any] = [question(query), _plain(options)]
     identity += [one.run.optimizer_digest for one in asked if options.refine]
     identity += [one.run.directory.living.to_json() for one in asked if one.run.directory.living != Living()]
     lexical = _lexical_scores(asked[0], measurement) if options.bm25 else None
-    sequences = tuple(_ranked(asked, lexical, ranking))
-    distribution = _distribution(estimates / len(first.training)) | {
+    sequences = tuple(_ranked(asked, measurement, lexical, ranking))
+    distribution = concentration(estimates / len(first.training)) | {
         "estimated_from": "exact scan"
         if options.exact
         else "index rows"
@@ -366,7 +381,7 @@ def _result(
     }
     return InfluenceResult(
         id=digest([*identity, *(one.run.fingerprints["rows"] for one in asked)])[7:23],
-        unit="√nats" if options.normalize else "nats",
+        unit=_unit(measurement, options),
         query=query,
         sequences=sequences,
         coverage=_coverage(asked[0]),
@@ -376,9 +391,16 @@ def _result(
     )
 
 
+def _unit(measurement: Measurement, options: QueryOptions) -> str:
+    """Of f; √ self-influence is in √nats."""
+    if not options.normalize:
+        return measurement.unit
+    return "√nats" if measurement.function is None else f"{measurement.unit}/√nats"
+
+
 def _lexical_scores(asked: _Asked, measurement: Measurement) -> NDArray[np.float64]:
     """[N]: BM25 of every sequence that may be found, zero for the others."""
-    scores = asked.run.lexical.scores(f"{measurement.prompt}{measurement.completion}", len(asked.run.store))
+    scores = asked.run.lexical.scores(measurement.text, len(asked.run.store))
     return scores if asked.allowed is None else np.where(asked.allowed, scores, 0)
 
 
@@ -394,7 +416,7 @@ def _lexical_facts(asked: _Asked, scores: NDArray[np.float64], shown: Sequence[R
     }
 
 
-def _ranked(asked: list[_Asked], lexical: NDArray[np.float64] | None, ranking: _Ranking) -> list[RankedSequence]:
+def _ranked(asked: list[_Asked], measurement: Measurement, lexical: NDArray[np.float64] | None, ranking: _Ranking) -> list[RankedSequence]:
     run, layers = asked[0].run, asked[0].attributed.layers
     total = len(run.training)
     shown = [ranking.numbers[group[0]] for group in ranking.groups]
@@ -416,6 +438,7 @@ def _ranked(asked: list[_Asked], lexical: NDArray[np.float64] | None, ranking: _
                 bm25_rank=places[rank - 1],
                 duplicates=tuple((run.store.ids[ranking.numbers[other]], float(ranking.totals[other]) / total) for other in others),
                 runs=runs if len(asked) > 1 else {},
+                verbatim=longest_run(measurement.counted_tokens, sequence.tokens) if measurement.counted_tokens is not None else None,
             )
         )
     return ranked
@@ -438,18 +461,11 @@ def _coverage(asked: _Asked) -> dict[str, Any]:
 
 def _query_facts(asked: list[_Asked], place: int, measurement: Measurement) -> dict[str, Any]:
     """What was asked, and what the model (the models, on average) made of it."""
-    _, shown = measurement.parts[0]
-    weights = [weight for weight, _ in measurement.parts]
-    parts = [np.mean([one.log_probabilities[place][part] for one in asked], axis=0) for part in range(len(weights))]
-    facts: dict[str, Any] = {"prompt": measurement.prompt, "completion": measurement.completion}
-    for name in ("contrast", "span", "input_ids"):
-        if getattr(measurement, name) is not None:
-            facts[name] = getattr(measurement, name)
-    return facts | {
-        "log_probability": float(sum(weight * part.sum() for weight, part in zip(weights, parts, strict=True))),
-        "tokens": asked[0].run.token_texts(shown.tokens),
-        "token_log_probabilities": [float(value) if counted else None for value, counted in zip(parts[0], shown.counted, strict=True)],
-    }
+    parts = range(len(measurement.parts))
+    log_probabilities = [np.mean([one.log_probabilities[place][part] for one in asked], axis=0) for part in parts]
+    found = [values for one in asked if (values := function_values(one.attributed, measurement)) is not None]
+    values = np.mean(found, axis=0).tolist() if found else None
+    return query_facts(measurement, log_probabilities, values, asked[0].run.token_texts)
 
 
 def _provenance(
@@ -472,6 +488,7 @@ def _provenance(
         "method": "ekfac",
         "damping": 0.1 if damping == "optimizer" else damping,
         "normalized": options.normalize,
+        "tokens_by": "output" if options.by_output_token else "input",
         "searched": asked[0].searched,
         "candidates": asked[0].searched if options.exact else len(ranking.numbers),
         "reranked": "exact",
@@ -509,14 +526,7 @@ def _quality(asked: list[_Asked], measurement: Measurement, options: QueryOption
     if options.exact:
         return {"recall_at_10": 1.0, "ndcg_at_20": 1.0}
     run, fidelity = asked[0].run, asked[0].run.fidelity
-    special = (
-        options.layers
-        or options.refine
-        or options.where
-        or run.appended
-        or measurement.contrast is not None
-        or measurement.span is not None
-    )
+    special = options.layers or options.refine or options.where or run.appended or not measurement.is_one_completion
     if special or len(asked) > 1 or fidelity is None:
         return {"recall_at_10": None, "ndcg_at_20": None}
     end = fidelity.end(options.normalize, opponents)
@@ -526,14 +536,3 @@ def _quality(asked: list[_Asked], measurement: Measurement, options: QueryOption
 def _plain(options: QueryOptions) -> dict[str, Any]:
     """The options as JSON."""
     return {**vars(options), "layers": list(options.layers), "refine": vars(options.refine) if options.refine else None}
-
-
-def _distribution(scores: NDArray[np.float64]) -> dict[str, Any]:
-    """How influence is spread over the training set: a histogram, and the share of positive influence that the top of the ranking holds."""
-    counts, edges = np.histogram(scores, bins=50)
-    positive = np.sort(np.maximum(scores, 0))[::-1].cumsum()
-    tail = []
-    if positive[-1] > 0:
-        takes = np.unique(np.geomspace(1, len(scores), 60).astype(np.int64))
-        tail = [[float(take / len(scores)), float(positive[take - 1] / positive[-1])] for take in takes]
-    return {"num_sequences": len(scores), "histogram": {"edges": edges.tolist(), "counts": counts.tolist()}, "tail": tail}

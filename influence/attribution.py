@@ -5,7 +5,7 @@ training set of N sequences is predicted to make. Positive: training on z helped
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -19,15 +19,19 @@ from ekfac import (
     LayerFactors,
     Record,
     SequenceBatch,
+    at_counted,
     capture,
+    counted_losses,
     gradient_blocks,
     inner_products,
     position_inner_products,
+    token_loss_derivatives,
     token_losses,
     true_label_loss,
 )
 from influence.batches import BatchBudget, in_batches
-from influence.measurement import Measurement
+from influence.errors import RequestError
+from influence.measurement import MeasuredFunction, Measurement
 from influence.sequences import TrainingSequence
 
 
@@ -69,7 +73,7 @@ class SequenceScores:
     """Exact scores of some sequences for one query; row sums of `layers` and sums of `tokens` are the scores."""
 
     layers: NDArray[np.float64]  # [K, L]
-    tokens: list[NDArray[np.float64]]  # K arrays [T]: the share of each position, at which that token is the input
+    tokens: list[NDArray[np.float64]]  # K arrays [T]: the share of each position, where that token is the input; or of each predicted token
 
     def times(self, weights: NDArray[np.float64]) -> "SequenceScores":
         """Each sequence's scores times its weight, [K]."""
@@ -103,15 +107,19 @@ def query_gradients(
     """
     device = attributed.device
     owners = torch.tensor([query for query, measurement in enumerate(measurements) for _ in measurement.parts], device=device)
-    weights = torch.tensor([weight for measurement in measurements for weight, _ in measurement.parts], device=device)
+    weights = torch.tensor([weight for measurement in measurements for weight, _ in measurement.parts], dtype=torch.float64, device=device)
     sequences = [sequence for measurement in measurements for _, sequence in measurement.parts]
+    functions = [measurement.function for measurement in measurements for _ in measurement.parts]
     gradients: dict[str, Tensor] = {}
     log_probabilities: list[NDArray[np.float64]] = [np.empty(0)] * len(sequences)
-    for members, batch in in_batches(sequences, attributed.budget, device):
-        chosen = torch.from_numpy(members).to(device)
-        losses = _add_gradients(attributed, batch, factors, owners[chosen], weights[chosen], len(measurements), gradients)
-        for member, row in zip(members, losses, strict=True):
-            log_probabilities[member] = -row[: len(sequences[member].tokens)]
+    for function in dict.fromkeys(functions):  # a batch measures one thing
+        own = np.array([place for place, other in enumerate(functions) if other is function])
+        for places, batch in in_batches([sequences[place] for place in own], attributed.budget, device):
+            members = own[places]
+            chosen = torch.from_numpy(members).to(device)
+            losses = _add_gradients(attributed, batch, function, factors, owners[chosen], weights[chosen], len(measurements), gradients)
+            for member, row in zip(members, losses, strict=True):
+                log_probabilities[member] = -row[: len(sequences[member].tokens)]
     parts = iter(log_probabilities)
     return QueryGradients(gradients=gradients, log_probabilities=[[next(parts) for _ in m.parts] for m in measurements])
 
@@ -119,6 +127,7 @@ def query_gradients(
 def _add_gradients(
     attributed: AttributedModel,
     batch: SequenceBatch,
+    function: MeasuredFunction | None,
     factors: Mapping[str, LayerFactors] | None,
     owners: Tensor,
     weights: Tensor,
@@ -129,8 +138,12 @@ def _add_gradients(
     losses: list[Tensor] = []
 
     def loss() -> Tensor:
-        losses.append(token_losses(attributed.model, batch))
-        return losses[0].sum()
+        if function is None:
+            losses.append(token_losses(attributed.model, batch))
+            return losses[0].sum()
+        values, logits = _values(attributed.model, batch, function)
+        losses.append(at_counted(counted_losses(logits.detach(), batch), batch))
+        return (0 * logits).sum() - values.sum()  # layers that the function does not use have a gradient too, of zero
 
     def consume(layer: Layer, record: Record) -> None:
         vectors = (factors[layer.name].input_vectors, factors[layer.name].output_vectors) if factors else (None, None)
@@ -143,8 +156,41 @@ def _add_gradients(
             else:
                 gradients[layer.name][:, rows] += block.new_zeros((num_queries, *block.shape[1:])).index_add_(0, owners, weighted)
 
-    capture(attributed.model, attributed.layers, loss, batch.reached, consume)
+    reached = batch.reached if function is None else torch.ones_like(batch.counted)
+    capture(attributed.model, attributed.layers, loss, reached, consume)
     return np.asarray(losses[0].detach().double().cpu().numpy())
+
+
+def _values(model: nn.Module, batch: SequenceBatch, function: MeasuredFunction) -> tuple[Tensor, Tensor]:
+    """The function's values [N], and the logits of the forward pass that it made. Raises RequestError for values of another form."""
+    logits: list[Tensor] = []
+    handle = model.register_forward_hook(lambda _module, _arguments, output: logits.append(output.logits))
+    try:
+        values = function.values(model, batch)
+    finally:
+        handle.remove()
+    called, expected = f"the function {function.facts.get('function', function.unit)}", f"a tensor of shape ({len(batch.tokens)},)"
+    if len(logits) != 1:
+        raise RequestError(f"{called} called the model {len(logits)} times: it must call model(input_ids=batch.tokens) once")
+    if not isinstance(values, Tensor) or values.shape != (len(batch.tokens),):
+        given = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise RequestError(f"{called} gave {given}, expected {expected}: one number for each sequence of the batch")
+    if torch.is_grad_enabled() and not values.requires_grad:
+        raise RequestError(f"{called} gave values that do not depend on the model's layers: they have no gradient")
+    return values, logits[0]
+
+
+@torch.no_grad()
+def function_values(attributed: AttributedModel, measurement: Measurement) -> list[float] | None:
+    """The value of the measurement's function for each part; None where log-probabilities are measured. Costs a forward pass."""
+    function = measurement.function
+    if function is None:
+        return None
+    found = [0.0] * len(measurement.parts)
+    for members, batch in in_batches([sequence for _, sequence in measurement.parts], attributed.budget, attributed.device):
+        for member, value in zip(members, _values(attributed.model, batch, function)[0].double().cpu().numpy(), strict=True):
+            found[member] = float(value)
+    return found
 
 
 def solve(rotated: dict[str, Tensor], factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
@@ -187,6 +233,18 @@ def _score_batch(
 
     capture(attributed.model, attributed.layers, partial(true_label_loss, attributed.model, batch), batch.reached, consume)
     return torch.stack([columns[layer.name] for layer in attributed.layers], 1).cpu().numpy(), tokens.cpu().numpy()
+
+
+def by_output_token(
+    attributed: AttributedModel, preconditioned: Mapping[str, Tensor], sequences: Sequence[TrainingSequence]
+) -> SequenceScores:
+    """`score_sequences` with each token's share that of its own loss: what learning to predict it did. Exact, and as cheap as two forward passes."""
+    scores, shares = score_sequences(attributed, preconditioned, sequences), [np.empty(0)] * len(sequences)
+    for members, batch in in_batches(sequences, attributed.budget, attributed.device):
+        found = token_loss_derivatives(attributed.model, attributed.layers, batch, preconditioned).double().cpu().numpy()
+        for member, row in zip(members, found, strict=True):
+            shares[member] = row[: len(sequences[member].tokens)]
+    return replace(scores, tokens=shares)
 
 
 def scan(

@@ -22,6 +22,7 @@ class RankedSequence:
     bm25_rank: int | None
     duplicates: tuple[tuple[str, float], ...] = ()  # (id, score) of near-duplicates, which rank with it and are not shown
     runs: dict[str, float] = field(default_factory=dict)  # the score by each run, in their order, when several were averaged
+    verbatim: int | None = None  # how many of the completion's counted tokens, in a row, it holds; None where there is no one completion
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -34,6 +35,7 @@ class RankedSequence:
             "tokens": [list(token) for token in self.tokens],
             "bm25_rank": self.bm25_rank,
             "duplicates": [{"id": name, "score": score} for name, score in self.duplicates],
+            "verbatim": self.verbatim,
         } | ({"runs": self.runs} if self.runs else {})
 
     @classmethod

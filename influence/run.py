@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,25 +11,41 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from ekfac import Coverage, Layer, LayerFactors, key_of, keyed_bits
+from ekfac import Coverage, Layer, LayerFactors, SequenceBatch, key_of, keyed_bits
 from indexing import FeatureSpec, RowFormat, RowIndex, RowShards, Spreader, feature_spec, open_rows, spreaders
 from influence import artifacts, optimizer_state
 from influence.answering import QueryOptions, answer
 from influence.artifacts import appended_fingerprint
 from influence.attribution import AttributedModel, Parts, scan
 from influence.batches import batch_budget, layer_groups, model_memory
-from influence.config import FactorsConfig, IndexConfig, ModelConfig
+from influence.config import DataConfig, FactorsConfig, IndexConfig, ModelConfig, absolute
+from influence.directions import Reduction, direction, read_direction
+from influence.documents import read_documents
 from influence.errors import RequestError
 from influence.fidelity import Fidelity
 from influence.filters import matching
+from influence.health import Health, measure_health
 from influence.lexical import LexicalSearch, read_lexical
-from influence.measurement import Measurement, measure_completion, measure_tokens
+from influence.measurement import (
+    MeasuredFunction,
+    Measurement,
+    Member,
+    Messages,
+    SomeSpans,
+    combine,
+    measure_completion,
+    measure_messages,
+    measure_sequences,
+    measure_tokens,
+    with_function,
+)
 from influence.model import LanguageModel, load_model, load_tokenizer, longest_sequence, model_fingerprint, tokenizer_fingerprint
 from influence.optimizer_state import OptimizerState, read_optimizer_state
 from influence.result import InfluenceResult
 from influence.run_directory import file_digest
-from influence.sequences import SequenceStore
+from influence.sequences import SequenceStore, tokenize
 from influence.solving import Progress, ignore
 from influence.stored_run import run_directory
 
@@ -49,6 +65,10 @@ class PartFactors:
     layers: tuple[Layer, ...]
     factors: dict[str, LayerFactors]
     spreaders: dict[str, Spreader]
+
+
+Function = Callable[[nn.Module, SequenceBatch], torch.Tensor]
+"""(model, batch) → [N]: one differentiable number for each sequence."""
 
 
 class Run:
@@ -350,24 +370,85 @@ class Run:
 
     # queries
 
-    def measure(self, prompt: str, completion: str, *, contrast: str | None = None, span: tuple[int, int] | None = None) -> Measurement:
+    def measure(
+        self,
+        prompt: str,
+        completion: str,
+        *,
+        contrast: str | None = None,
+        span: SomeSpans | None = None,
+    ) -> Measurement:
         """The log-probability of `completion` after `prompt`, as a measurement of this run's model."""
-        longest = longest_sequence(self.language_model.model)
+        longest = self._longest  # a model that is gone is told before its tokenizer
         return measure_completion(self.tokenizer, prompt, completion, contrast=contrast, span=span, longest=longest)
 
     def measure_tokens(self, ids: list[int]) -> Measurement:
         """The log-probability of all tokens after the first."""
-        return measure_tokens(self.tokenizer, ids, longest=longest_sequence(self.language_model.model))
+        longest = self._longest
+        return measure_tokens(self.tokenizer, ids, longest=longest)
+
+    def measure_messages(self, messages: Messages, *, span: SomeSpans | None = None) -> Measurement:
+        """The log-probability of a conversation's last turn, which must be the assistant's, by the tokenizer's chat template."""
+        longest = self._longest
+        return measure_messages(self.tokenizer, messages, span=span, longest=longest)
+
+    def measure_data(self, files: Sequence[str]) -> Measurement:
+        """The mean log-probability of a counted token of a data set: minus its loss. The files are of the same form as the run's own, but for
+        metadata, and are cut into sequences as these are."""
+        settings = {**self.description["settings"]["data"], "metadata": [], "files": [absolute(name) for name in files]}
+        config = DataConfig(**settings)
+        return measure_sequences(list(tokenize(read_documents(config), self.tokenizer, config)), config.files)
+
+    def direction(self, path: Path | str, reduce: Reduction = "mean") -> MeasuredFunction:
+        """The activation of the direction in the safetensors file `path`, where counted tokens are read; for `with_function`."""
+        layer, vector = read_direction(Path(path), self.language_model.model)
+        return direction(layer, vector, reduce, {"file": str(Path(path).resolve())})
+
+    def measure_function(self, function: Function, prompt: str, completion: str) -> Measurement:
+        """What `function(model, batch)` gives for `completion` after `prompt`: any differentiable number, one for each sequence of the batch.
+
+        `batch` is an `ekfac.SequenceBatch`, whose `counted` [N, T] marks the completion's tokens; the function must call
+        `model(input_ids=batch.tokens)` once, and a sequence's number may depend on that sequence alone.
+        """
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        measured = MeasuredFunction(values=function, unit="f", facts={"function": name})
+        return with_function(self.measure(prompt, completion), measured)
+
+    @cached_property
+    def _longest(self) -> int | None:
+        return longest_sequence(self.language_model.model)
 
     def query(
-        self, prompt: str, completion: str, *, contrast: str | None = None, span: tuple[int, int] | None = None, **options: Any
+        self,
+        prompt: str,
+        completion: str,
+        *,
+        contrast: str | None = None,
+        span: SomeSpans | None = None,
+        **options: Any,
     ) -> InfluenceResult:
         """The training sequences that most helped the model to say `completion` after `prompt`; `options` are those of `QueryOptions`."""
         return self.answer([self.measure(prompt, completion, contrast=contrast, span=span)], QueryOptions(**options))[0]
 
+    def query_direction(
+        self, path: Path | str, prompt: str, completion: str, reduce: Reduction = "mean", **options: Any
+    ) -> InfluenceResult:
+        """The training sequences that most raised the activation of a direction (see `direction`) where `completion` is read."""
+        return self.answer([with_function(self.measure(prompt, completion), self.direction(path, reduce))], QueryOptions(**options))[0]
+
+    def query_function(self, function: Function, prompt: str, completion: str, **options: Any) -> InfluenceResult:
+        """The training sequences that most raised what `function` measures (see `measure_function`)."""
+        return self.answer([self.measure_function(function, prompt, completion)], QueryOptions(**options))[0]
+
     def answer(self, measurements: Sequence[Measurement], options: QueryOptions, progress: Progress = ignore) -> list[InfluenceResult]:
         """One result for each measurement: candidates from the index, reranked exactly, or an exact scan of everything."""
         return answer([self], measurements, options, progress)
+
+    def health(self, queries: Sequence[Measurement] = (), *, by: Sequence[str] | None = None, k: int = 10) -> Health:
+        """The health of the training set: influence over the mean of `queries`, or over the training set itself when there are none,
+        self-influence, outliers, near-duplicates, shares by metadata column and by layer (see `measure_health`). Two passes over all sequences."""
+        members = [Member(name=str(place), weight=1.0, measurement=one) for place, one in enumerate(queries, 1)]
+        return measure_health(self, combine(members, "mean") if members else None, by=by, k=k)
 
     def exact_scores(
         self,

@@ -14,6 +14,7 @@
     living.json                         what was appended and removed since, with units sequences/append-<id>, rows/append-<id>-00000 …
     answers/<id>.json                   results of queries
     evaluations/                        what `influence evaluate` measured; below retrained-<id>/ a unit for each retrained model
+    evaluations/health/                 what `influence health` found, with texts; health-<id>/ holds a unit for each part of its passes
     progress.json                       what `influence status` shows of work under way
 
 The output of a unit of work is a directory that appears whole, by one rename, with a `record.json` of its fingerprint and the size and
@@ -149,6 +150,9 @@ class RunDirectory:
 
     def _has_units(self, stage: str) -> bool:
         return bool(self.unit_names(stage))
+
+    is_local = True
+    """Whether its files are on a disk, so that others may be kept beside them."""
 
     def check_changeable(self) -> None:
         """Raises RequestError where files that are there cannot be replaced in one step, as an append or a removal does."""
@@ -312,7 +316,7 @@ class RunDirectory:
         self._write(f"answers/{file_name(name)}.json", answer)
 
     def forget_answers(self, ids: Collection[str]) -> None:
-        """Removes the kept answers and the report that may show these sequences, and what killed processes left of others."""
+        """Removes the kept answers, the report and the health that may show these sequences, and what killed processes left of others."""
         for left in (*(self.path / "answers").glob(".*"), *self.path.glob(".report.html.*")):
             left.unlink(missing_ok=True)
         for path in (self.path / "answers").glob("*.json"):
@@ -321,6 +325,8 @@ class RunDirectory:
             if any(one["id"] in ids or any(other["id"] in ids for other in one.get("duplicates", [])) for one in shown):
                 path.unlink()
         (self.path / "report.html").unlink(missing_ok=True)
+        for path in self.path.glob("evaluations/health*"):
+            shutil.rmtree(path)
 
     def answers(self) -> list[dict[str, Any]]:
         """The kept answers, oldest first."""

@@ -46,9 +46,14 @@ class TrainingSequence:
     metadata: dict[str, Any]
 
 
-def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
-    """Token ids of prompt + completion, tokenized as one text, and which of them reach into the completion (special tokens do not)."""
-    encoded = tokenizer(prompt + completion, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+def encode_pair(tokenizer: Any, prompt: str, completion: str, *, special_tokens: bool = True) -> tuple[list[int], list[bool]]:
+    """Token ids of prompt + completion, tokenized as one text, and which of them reach into the completion.
+
+    With `special_tokens`, the tokenizer adds those that begin or end a text, which do not count.
+    """
+    encoded = tokenizer(
+        prompt + completion, return_offsets_mapping=True, return_special_tokens_mask=True, add_special_tokens=special_tokens, verbose=False
+    )
     pairs = zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
     return encoded["input_ids"], [end > len(prompt) and not special for (_, end), special in pairs]
 

@@ -122,10 +122,17 @@ def _refined(
     return Solved(vectors=[(attributed, solution.vectors)], rows=made, log_probabilities=found.log_probabilities, refinement=solution)
 
 
+def check_differentiable(run: "Run") -> None:
+    """Raises RequestError when the model's numbers are so coarse that derivatives along a vector are lost in them."""
+    if run.model_config.dtype in ("bfloat16", "float16"):
+        raise RequestError(
+            f"refinement and shares by output token need a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}"
+        )
+
+
 def check_refinable(run: "Run") -> None:
     """Raises RequestError when answers of this run cannot be refined."""
-    if run.model_config.dtype in ("bfloat16", "float16"):
-        raise RequestError(f"refinement needs a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}")
+    check_differentiable(run)
     if len(run.layer_groups) > 1:
         raise RequestError(
             f"refinement couples all layers, whose factors do not fit together into the memory budget of {run.memory_budget / 2**30:.1f} GiB: "

@@ -77,6 +77,8 @@ class StoredRunDirectory(RunDirectory):
         content = self._read("living.json")
         return Living() if content is None else Living.from_json(content, f"{self}/living.json")
 
+    is_local = False
+
     def check_changeable(self) -> None:
         raise RequestError(
             f"{self} is in an object store, where sequences are neither appended nor removed, nor models retrained: "

@@ -5,15 +5,18 @@ Knows runs and files of queries; knows nothing of options or terminals.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from influence.answering import QueryOptions, answer, answer_both_ends
+from influence.directions import Reduction
 from influence.errors import RequestError
-from influence.measurement import Measurement
+from influence.measurement import Combination, Measurement, Member, Spans, combine, question, with_function
 from influence.result import InfluenceResult, report_page
 from influence.run import Run
 from influence.solving import Progress, ignore
@@ -78,43 +81,117 @@ def keep_answers(run: Run, results: list[InfluenceResult], opponents: bool) -> N
 
 
 def asked_before(run: Run) -> Asked:
+    """The last twenty different questions. What cannot be asked again, because a file it needs is gone, is left out and named."""
     asked = [(answer["id"], answer["query"]) for answer in run.directory.answers()]
     if not asked:
         raise RequestError(f"nothing was asked of {run.directory} yet: give a prompt and a completion, or --queries FILE")
-    what = ("prompt", "completion", "contrast", "span", "input_ids")
-    latest = {json.dumps([query.get(key) for key in what]): (name, query) for name, query in asked}
-    return [(name, _asked_again(run, query)) for name, query in list(latest.values())[-20:]]
+    latest = {json.dumps({**question(query), "tokens": None}, sort_keys=True): (name, query) for name, query in asked}
+    again, refusals = [], []
+    for name, query in list(latest.values())[-20:]:
+        try:
+            again.append((name, _asked_again(run, query)))
+        except RequestError as error:
+            say(f"warning: {name} cannot be asked again: {error}")
+            refusals.append(error)
+    if not again:
+        raise refusals[-1]
+    return again
 
 
-def _asked_again(run: Run, query: dict[str, Any]) -> Measurement:
+def _asked_again(run: Run, query: Mapping[str, Any]) -> Measurement:
+    if query.get("family") is not None:
+        return replace(_asked_again(run, {**query, "family": None}), family=query["family"])
+    if query.get("combined"):
+        members = [Member(name=one["id"], weight=one["weight"], measurement=_asked_again(run, one)) for one in query["queries"]]
+        return combine(members, query["combined"])
+    measured = query.get("measured")
+    if measured is not None:
+        return with_function(_asked_again(run, {**query, "measured": None}), run.direction(measured["file"], measured["reduce"]))
+    if "data" in query:
+        return run.measure_data(query["data"])
     if "input_ids" in query:
         return run.measure_tokens(query["input_ids"])
-    span = query.get("span")
-    return run.measure(
-        query["prompt"], query["completion"], contrast=query.get("contrast"), span=(int(span[0]), int(span[1])) if span else None
-    )
+    if "messages" in query:
+        return run.measure_messages(query["messages"], span=query.get("span"))
+    return run.measure(query["prompt"], query["completion"], contrast=query.get("contrast"), span=query.get("span"))
 
 
 def measurements_of(
-    run: Run, prompt: str | None, completion: str | None, contrast: str | None, span: str | None, queries: Path | None
+    run: Run,
+    prompt: str | None,
+    completion: str | None,
+    contrast: str | None,
+    span: str | None,
+    queries: Path | None,
+    *,
+    as_one: str | None = None,
+    data: Sequence[str] | None = None,
+    direction: Path | None = None,
+    reduce: str | None = None,
 ) -> Asked:
+    """What is asked, as options say it. Raises RequestError for options that contradict each other."""
+    if reduce is not None and direction is None:
+        raise RequestError("--reduce goes with --direction: over which positions its activation is taken")
+    if as_one is not None and queries is None:
+        raise RequestError("--as-one goes with --queries FILE, the set that is asked as one")
+    if data:
+        given = {"a prompt": prompt, "--contrast": contrast, "--span": span, "--queries": queries, "--direction": direction}
+        if beside := [name for name, value in given.items() if value is not None]:
+            raise RequestError(f"--data asks for the loss on a data set: it does not go with {beside[0]}")
+        return [("data", run.measure_data(data))]
     if queries is not None:
         if prompt is not None or contrast is not None or span is not None:
             raise RequestError("give a prompt and completion (with --contrast or --span), or --queries FILE, not both")
-        return [(name, _measurement_of(run, item, place)) for name, item, place in read_queries(queries)]
-    if prompt is None or completion is None:
+        asked = [(name, _measurement_of(run, item, place)) for name, item, place in read_queries(queries)]
+        if as_one is not None:
+            asked = [("set", _as_one(queries, asked, combination(as_one)))]
+    elif prompt is None or completion is None:
         raise RequestError("give PROMPT and COMPLETION, or --queries FILE")
-    return [("query", run.measure(prompt, completion, contrast=contrast, span=parse_span(span)))]
+    else:
+        asked = [("query", run.measure(prompt, completion, contrast=contrast, span=parse_span(span)))]
+    if direction is None:
+        return asked
+    function = run.direction(direction, reduction(reduce))
+    return [(name, with_function(measurement, function)) for name, measurement in asked]
 
 
-def parse_span(span: str | None) -> tuple[int, int] | None:
-    """The span A:B as two numbers. Raises RequestError for anything else."""
+def combination(name: str) -> Combination:
+    if name not in get_args(Combination):
+        raise RequestError(f"--as-one: expected {' or '.join(get_args(Combination))}, got {name!r}")
+    return cast(Combination, name)
+
+
+def reduction(name: str | None) -> Reduction:
+    if name is not None and name not in get_args(Reduction):
+        raise RequestError(f"--reduce: expected {', '.join(get_args(Reduction))}, got {name!r}")
+    return cast(Reduction, name or "mean")
+
+
+def _as_one(path: Path, asked: Asked, how: Combination) -> Measurement:
+    weights = [weight_of(item, place) for _, item, place in read_queries(path)]
+    members = [Member(name=name, weight=weight, measurement=one) for (name, one), weight in zip(asked, weights, strict=True)]
+    try:
+        return combine(members, how)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+
+
+def weight_of(item: Mapping[str, Any], place: str) -> float:
+    """The weight of a line in a set, 1 where it gives none."""
+    weight = item.get("weight", 1)
+    if not isinstance(weight, int | float) or isinstance(weight, bool):
+        raise RequestError(f"{place}: the weight must be a number, not {weight!r}")
+    return float(weight)
+
+
+def parse_span(span: str | None) -> Spans | None:
+    """The span A:B, or several with commas between them, as pairs of numbers. Raises RequestError for anything else."""
     if span is None:
         return None
-    first, colon, last = span.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal()):
-        raise RequestError(f"--span: expected two token numbers such as 0:3, got {span!r}")
-    return int(first), int(last)
+    found = [re.fullmatch(r"\s*(\d+):(\d+)\s*", one, re.ASCII) for one in span.split(",")]
+    if not all(found):
+        raise RequestError(f"--span: expected two token numbers such as 0:3, or several such as 0:3,5:7, got {span!r}")
+    return tuple((int(one[1]), int(one[2])) for one in found if one)
 
 
 def read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
@@ -140,13 +217,22 @@ def read_queries(path: Path) -> list[tuple[str, dict[str, Any], str]]:
 
 
 def _measurement_of(run: Run, item: dict[str, Any], place: str) -> Measurement:
+    family = item.get("family")
     try:
-        if isinstance(item.get("input_ids"), list):
-            return run.measure_tokens(item["input_ids"])
-        if isinstance(item.get("text"), str):
-            return run.measure("", item["text"])
-        if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
-            return run.measure(item["prompt"], item["completion"])
+        if family is not None and not isinstance(family, str):
+            raise RequestError(f"the family must be a name, not {family!r}")
+        return replace(_asked_by(run, item), family=family)
     except RequestError as error:
         raise RequestError(f"{place}: {error}") from None
-    raise RequestError(f"{place}: expected prompt and completion, or text, or input_ids; got {', '.join(item) or 'nothing'}")
+
+
+def _asked_by(run: Run, item: dict[str, Any]) -> Measurement:
+    if "messages" in item:
+        return run.measure_messages(item["messages"])
+    if isinstance(item.get("input_ids"), list):
+        return run.measure_tokens(item["input_ids"])
+    if isinstance(item.get("text"), str):
+        return run.measure("", item["text"])
+    if isinstance(item.get("prompt"), str) and isinstance(item.get("completion"), str):
+        return run.measure(item["prompt"], item["completion"])
+    raise RequestError(f"expected prompt and completion, or text, or messages, or input_ids; got {', '.join(item) or 'nothing'}")

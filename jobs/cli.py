@@ -22,19 +22,26 @@ from influence.answering import QueryOptions
 from influence.config import load_config
 from influence.errors import RequestError
 from influence.refinement import RefineOptions
+from influence.report import words
 from influence.result import InfluenceResult
 from influence.run import Run, open_run
 from jobs.answers import answer_queries, answers_with_opponents, asked_before, keep_answers, measurements_of, writable_page, write_page
 from jobs.driver import run_all, stage_states
 from jobs.evaluate import evaluate
+from jobs.health import health
 from jobs.options import (
     AlsoRuns,
+    AsOne,
+    ByOutputToken,
+    Data,
     Debug,
+    DirectionFile,
     Json,
     Memory,
     ModelOption,
     Normalize,
     Queries,
+    Reduce,
     Refine,
     RefineSequences,
     RefineSteps,
@@ -162,7 +169,9 @@ def query(
     opponents: Annotated[bool, typer.Option("--opponents", help="the most negative sequences instead of the most positive")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
     contrast: Annotated[str | None, typer.Option("--contrast", help="another completion: explain the difference to it")] = None,
-    span: Annotated[str | None, typer.Option("--span", metavar="A:B", help="only tokens A to B-1 of the completion")] = None,
+    span: Annotated[
+        str | None, typer.Option("--span", metavar="A:B", help="only tokens A to B-1 of the completion; several spans as A:B,C:D")
+    ] = None,
     layers: Annotated[list[str] | None, typer.Option("--layers", help="only layers that match this glob; may be repeated")] = None,
     candidates: Annotated[
         int | None,
@@ -172,6 +181,11 @@ def query(
     ] = None,
     where: Where = None,
     queries: Queries = None,
+    as_one: AsOne = None,
+    data: Data = None,
+    direction: DirectionFile = None,
+    reduce: Reduce = None,
+    by_output_token: ByOutputToken = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="colour each token by its share (red helps, teal hurts)")] = False,
     normalize: Normalize = False,
     refine: Refine = False,
@@ -196,19 +210,26 @@ def query(
         normalize=normalize,
         refine=_refinement(refine, refine_steps, refine_sequences),
         bm25=bm25,
+        by_output_token=by_output_token,
     )
     if server is not None:
         if model is not None:
             raise RequestError("--model is where this machine has the model; a server has its own: leave it out beside --server")
-        questions = questions_of(prompt, completion, contrast, span, queries)
-        results = ask_server(server, run, questions, options, also or [])
-        _show_results(list(zip([name for name, _ in questions], results, strict=True)), queries is not None, as_json, tokens, bm25)
+        if data or direction is not None or reduce is not None:
+            raise RequestError("--data and --direction read files of this machine, which a server does not have: ask without --server")
+        questions = questions_of(prompt, completion, contrast, span, queries, as_one)
+        results = ask_server(server, str(run), questions, options, [str(other) for other in also or []])
+        several = queries is not None and as_one is None
+        _show_results(list(zip([name for name, _ in questions], results, strict=True)), several, as_json, tokens, bm25)
         return
     opened = open_within(run, model, memory_budget)
-    asked = measurements_of(opened, prompt, completion, contrast, span, queries)
+    asked = measurements_of(
+        opened, prompt, completion, contrast, span, queries, as_one=as_one, data=data, direction=direction, reduce=reduce
+    )
     results = answer_queries([opened, *(open_within(other, None, memory_budget) for other in also or [])], asked, options)
     keep_answers(opened, results, opponents)
-    _show_results([(name, result) for (name, _), result in zip(asked, results, strict=True)], queries is not None, as_json, tokens, bm25)
+    several = queries is not None and as_one is None
+    _show_results([(name, result) for (name, _), result in zip(asked, results, strict=True)], several, as_json, tokens, bm25)
 
 
 @app.command()
@@ -217,6 +238,10 @@ def report(
     prompt: Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)] = None,
     completion: Annotated[str | None, typer.Argument(help="what the model said", show_default=False)] = None,
     queries: Queries = None,
+    as_one: AsOne = None,
+    data: Data = None,
+    direction: DirectionFile = None,
+    reduce: Reduce = None,
     k: Annotated[int, typer.Option("-k", help="how many sequences on either side")] = 10,
     exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
     where: Where = None,
@@ -225,6 +250,7 @@ def report(
     refine_steps: RefineSteps = RefineOptions.steps,
     refine_sequences: RefineSequences = RefineOptions.sequences,
     also: AlsoRuns = None,
+    by_output_token: ByOutputToken = False,
     out: Annotated[Path | None, typer.Option("--out", help="the HTML file; report.html in the run directory when left out")] = None,
     model: ModelOption = None,
     memory_budget: Memory = "16GiB",
@@ -236,16 +262,23 @@ def report(
     Without a query, the queries asked of this run so far are reported.
     """
     opened = open_within(run, model, memory_budget)
-    nothing_asked = prompt is None and queries is None
     if out is None:
         opened.directory.check_keeps_files("--out")
+    nothing_asked = prompt is None and queries is None and not data
     page = writable_page(out or opened.directory.path / "report.html")
-    asked = asked_before(opened) if nothing_asked else measurements_of(opened, prompt, completion, None, None, queries)
+    if nothing_asked and (as_one or direction or reduce):
+        raise RequestError("--as-one goes with --queries FILE, --direction and --reduce with a query")
+    asked = (
+        asked_before(opened)
+        if nothing_asked
+        else measurements_of(opened, prompt, completion, None, None, queries, as_one=as_one, data=data, direction=direction, reduce=reduce)
+    )
     refinement = _refinement(refine, refine_steps, refine_sequences)
     runs = [opened, *(open_within(other, None, memory_budget) for other in also or [])]
-    answers = answers_with_opponents(
-        runs, asked, QueryOptions(k=k, exact=exact, where=where, normalize=normalize, refine=refinement, bm25=True)
+    options = QueryOptions(
+        k=k, exact=exact, where=where, normalize=normalize, refine=refinement, bm25=True, by_output_token=by_output_token
     )
+    answers = answers_with_opponents(runs, asked, options)
     write_page(page, answers, opened)
     if as_json:
         _print_json({"report": str(page), "bytes": page.stat().st_size, "queries": answers})
@@ -254,6 +287,7 @@ def report(
 
 
 app.command()(evaluate)
+app.command()(health)
 app.command()(serve)
 app.command()(tokens)
 app.command()(with_config_options(submit))
@@ -398,6 +432,8 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
     console = Console(markup=False, highlight=False)
     query, provenance = result.query, result.provenance
     console.print(Text(f"{query['prompt']}", style="dim") + Text(query["completion"], style="bold"))
+    if measured := words.measured(query.get("measured")):
+        console.print(measured, style="dim")
     console.print(f"log-probability {query['log_probability']:.3f} nats", style="dim")
     largest = max((abs(share) for sequence in result.sequences for _, share in sequence.tokens), default=0.0)
     table = Table("rank", f"score ({result.unit})", "id", *(["bm25"] if bm25 else []), "text", show_lines=tokens)
@@ -414,6 +450,11 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
         console.print(
             f"BM25 shares {result.lexical['overlap']} of its first {len(result.lexical['results'])} with these: {names}", style="dim"
         )
+    if tokens and provenance.get("tokens_by") == "output":
+        console.print("a token is coloured by its share of the score as the one that was to be predicted", style="dim")
+    num_counted = sum(value is not None for value in query["token_log_probabilities"])
+    spread = words.tail_sentence(result.distribution), words.memorised(result.distribution, _verbatim(result), num_counted)
+    console.print(" ".join(spread), style="dim")
     recall = provenance["recall_at_10"]
     if refinement := provenance.get("refinement"):
         console.print(
@@ -431,6 +472,10 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
         ),
         style="dim",
     )
+
+
+def _verbatim(result: InfluenceResult) -> list[dict[str, Any]]:
+    return [{"verbatim": sequence.verbatim} for sequence in result.sequences if sequence.score > 0]
 
 
 def _coloured(tokens: list[tuple[str, float]], largest: float) -> Text:

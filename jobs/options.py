@@ -31,7 +31,26 @@ AlsoRuns = Annotated[
 Where = Annotated[
     str | None, typer.Option("--where", help="only sequences whose metadata fulfil this, such as \"source = 'web' and year < 2023\"")
 ]
-Queries = Annotated[Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or input_ids")]
+Queries = Annotated[
+    Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or messages; or input_ids")
+]
+AsOne = Annotated[
+    str | None, typer.Option("--as-one", metavar="mean|sum", help="ask the queries of --queries as one; a line may have a weight")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="FILE", help="instead of a query: the mean log-probability of a token of a data set; may be repeated"),
+]
+DirectionFile = Annotated[
+    Path | None,
+    typer.Option("--direction", help="safetensors file with a vector under a module's name: explain its activation on the completion"),
+]
+Reduce = Annotated[
+    str | None, typer.Option("--reduce", metavar="mean|last|max", help="of the activation over the completion's tokens (mean)")
+]
+ByOutputToken = Annotated[
+    bool, typer.Option("--by-output-token", help="split scores over the tokens that were to be predicted, not those that were read")
+]
 Normalize = Annotated[bool, typer.Option("--normalize", help="divide each score by √self-influence of its sequence (RelatIF)")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="where the model is now, if it moved; its weights must be the same")]
 Server = Annotated[

@@ -26,6 +26,7 @@ from transformers import GPT2LMHeadModel
 from influence import run as run_module
 from influence.answering import QueryOptions
 from influence.filters import matching
+from influence.measurement import Member, combine
 from influence.refinement import RefineOptions
 from influence.run import Run, open_run
 from influence.service import Limits, ServiceSettings
@@ -112,9 +113,11 @@ def test_a_result_is_that_of_the_command_line(http: httpx.Client, run: Path, inf
         {"normalize": True, "k": 3},
         {"contrast": " the Aker", "k": 3},
         {"span": [0, 2], "k": 3},
+        {"span": [[0, 1], [2, 3]], "k": 3},
+        {"by_output_token": True, "k": 2},
         {"layers": ["*.mlp.*"], "k": 3},
     ],
-    ids=lambda body: next(iter(body)),
+    ids=json.dumps,
 )
 def test_every_option_means_what_it_means_in_python(http: httpx.Client, run: Path, body: dict[str, Any]) -> None:
     found = ask(http, **body).json()
@@ -126,12 +129,22 @@ def test_every_option_means_what_it_means_in_python(http: httpx.Client, run: Pat
     assert_same(found, expected)
 
 
-def test_text_and_tokens_are_asked_too(http: httpx.Client, run: Path) -> None:
+def test_text_tokens_and_sets_are_asked_too(http: httpx.Client, run: Path) -> None:
     opened = open_run(run)
     ids = opened.tokenizer("Oslo lies on the Aker.")["input_ids"]
     for body, measured in (
         ({"text": "Oslo lies on the Aker."}, opened.measure("", "Oslo lies on the Aker.")),
         ({"input_ids": ids}, opened.measure_tokens(ids)),
+        (
+            {"queries": [{"id": "a", "text": "Oslo lies on the Aker.", "weight": 3}, {"input_ids": ids}], "as_one": "sum"},
+            combine(
+                [
+                    Member(name="a", weight=3, measurement=opened.measure("", "Oslo lies on the Aker.")),
+                    Member(name="2", weight=1, measurement=opened.measure_tokens(ids)),
+                ],
+                "sum",
+            ),
+        ),
     ):
         found = http.post("/v1/runs/small/queries", json=body)
         assert found.json()["query"]["log_probability"] == pytest.approx(
@@ -298,6 +311,13 @@ REFUSED: list[tuple[int, str, Callable[[httpx.Client], httpx.Response]]] = [
     (422, "invalid", lambda http: _post(http, b'{"prompt": "\\ud800", "completion": " half a character"}')),
     (422, "refused", lambda http: ask(http, also=["small"])),
     (422, "refused", lambda http: http.post("/v1/runs/small/queries", json={"input_ids": [1, 10**9]})),
+    (422, "refused", lambda http: ask(http, span=[[0, 1], [2, 99]])),
+    (422, "invalid", lambda http: ask(http, as_one="sum")),
+    (422, "invalid", lambda http: http.post("/v1/runs/small/queries", json={"queries": []})),
+    (422, "invalid", lambda http: http.post("/v1/runs/small/queries", json={"queries": [{"prompt": "a"}]})),
+    (422, "refused", lambda http: http.post("/v1/runs/small/queries", json={"queries": [{"text": "a b c", "weight": 0.0}]})),
+    (422, "refused", lambda http: http.post("/v1/runs/small/queries", json={"messages": [{"role": "assistant", "content": "a"}]})),
+    (422, "invalid", lambda http: http.post("/v1/runs/small/queries", json={"messages": [{"role": "assistant"}]})),
 ]
 
 

@@ -1,5 +1,5 @@
-"""The report: one self-contained HTML page that shows which training sequences moved a model's completions, and how far to trust it."""
+"""Self-contained HTML pages: which training sequences moved a model's completions, and how far to trust it; and the health of a training set."""
 
-from influence.report.render import render_report
+from influence.report.render import render_health, render_report
 
-__all__ = ["render_report"]
+__all__ = ["render_health", "render_report"]

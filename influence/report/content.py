@@ -16,6 +16,7 @@ _LEVELS = 2047
 _DECADES = 5
 _TAIL_POINTS = 64
 _BRIEF = 90  # characters of a prompt that the table of contents shows
+_MEMBERS = 50  # queries of a set that are listed
 _MODULES = 10  # kinds of module are split into modules up to this many
 _PARTS = ("heading", "helped", "hurt", "layers", "training-set", "trust")  # anchors the template makes in every query
 
@@ -34,6 +35,39 @@ def content(report: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, 
         pages.append(page)
         data.append({**numbers, "layers": layer_lists.index(names)})
     return pages, {"layers": layer_lists, "queries": data}
+
+
+def families(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where in the model each family of queries is answered from; None where the queries have no two families."""
+    queries = [
+        (str(family), [_by_layer(result) for result in query["results"]])
+        for query in report["queries"]
+        if (family := query["query"].get("family")) is not None
+    ]
+    if len({family for family, _ in queries}) < 2:
+        return None
+    rows, shares = layer_names.shares_by_family(queries)
+    largest = max((abs(value) for column in shares.values() for value in column), default=0.0) or 1.0
+    cells = [
+        {
+            "name": f"block {row}" if row.rpartition(" ")[2].isdecimal() else row,
+            "shares": [
+                {
+                    "text": words.percent(column[place]) if column[place] >= 0 else f"{words.MINUS}{words.percent(-column[place])}",
+                    "strength": round(abs(column[place]) / largest, 3),
+                    "side": "minus" if column[place] < 0 else "plus",
+                }
+                for column in shares.values()
+            ],
+        }
+        for place, row in enumerate(rows)
+    ]
+    counts = [sum(family == name for family, _ in queries) for name in shares]
+    return {"names": [(spelling.shown(name), count) for name, count in zip(shares, counts, strict=True)], "rows": cells}
+
+
+def _by_layer(result: Mapping[str, Any]) -> dict[str, float]:
+    return {layer: _finite(value, "a result") for layer, value in (result.get("layers") or {}).items()}
 
 
 def packed(values: Sequence[float]) -> dict[str, Any]:
@@ -82,6 +116,8 @@ def _query(query: Mapping[str, Any], number: int, taken: set[str]) -> tuple[dict
         "overlap": words.overlap(query.get("bm25")),
         "spread": spread,
         "tail_sentence": words.tail_sentence(spread) if spread else "",
+        "memorised": words.memorised(query.get("distribution") or {}, query["results"], question["num_counted"]) if spread else "",
+        "by_output": (query.get("provenance") or {}).get("tokens_by") == "output",
         "coverage": _coverage(query.get("coverage") or {}, where),
         "trust": words.trust(query.get("provenance") or {}),
         "provenance": [(key.replace("_", " "), _fact(key, value)) for key, value in (query.get("provenance") or {}).items()],
@@ -120,7 +156,19 @@ def _asked(asked: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[s
         prompt, completion = spelling.shown(prompt), spelling.shown(completion)
     total = asked.get("log_probability")
     number_counted = sum(value is not None for value in counted)
-    known = {"prompt", "completion", "tokens", "token_log_probabilities", "log_probability", "id"}
+    known = {
+        "prompt",
+        "completion",
+        "tokens",
+        "token_log_probabilities",
+        "log_probability",
+        "id",
+        "messages",
+        "queries",
+        "combined",
+        "measured",
+        "family",
+    }
     page = {
         "prompt": prompt,
         "completion": completion,
@@ -129,9 +177,23 @@ def _asked(asked: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[s
         "log_probability": None if total is None else words.number(_finite(total, where)),
         "per_token": None if total is None or not number_counted else words.number(math.exp(min(0.0, total / number_counted))),
         "num_counted": number_counted,
+        "measured": words.measured(asked.get("measured")),
+        "members": [_member(member, where) for member in (asked.get("queries") or [])[:_MEMBERS]],
+        "more_members": max(0, len(asked.get("queries") or []) - _MEMBERS),
         "extras": [(key.replace("_", " "), words.plain(value)) for key, value in asked.items() if key not in known],
     }
     return page, probabilities
+
+
+def _member(member: Mapping[str, Any], where: str) -> dict[str, str]:
+    """A query of a set that was asked as one."""
+    return {
+        "name": spelling.shown(str(member["id"])),
+        "weight": words.number(_finite(member["weight"], where)),
+        "prompt": spelling.shown(str(member["prompt"]))[-_BRIEF:],
+        "completion": spelling.shown(str(member["completion"]))[:_BRIEF],
+        "log_probability": words.number(_finite(member["log_probability"], where)),
+    }
 
 
 def _sequence(

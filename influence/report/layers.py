@@ -73,6 +73,30 @@ def signed_sums(
     return [(label, positive, negative) for label, (positive, negative) in sums.items()]
 
 
+def shares_by_family(
+    queries: Sequence[tuple[str, Sequence[Mapping[str, float]]]],
+) -> tuple[list[str], dict[str, list[float]]]:
+    """(rows, family → share of each row), rows being blocks by depth and the layers outside of them.
+
+    `queries` are (family, scores by layer of the sequences that helped). A query's share of a row is the row's part of what these sequences add up
+    to in all layers, and a family's is the mean over its queries; a query whose sequences add up to nothing positive is left out.
+    """
+    names = in_model_order(name for _, sequences in queries for layers in sequences for name in layers)
+    label = block_label(names)
+    row_of = {name: label(name) or name for name in names}
+    rows = list(dict.fromkeys(row_of.values()))
+    found: dict[str, list[list[float]]] = {}
+    for family, sequences in queries:
+        sums = dict.fromkeys(rows, 0.0)
+        for layers in sequences:
+            for name, value in layers.items():
+                sums[row_of[name]] += value
+        total = sum(sums.values())
+        if total > 0:
+            found.setdefault(family, []).append([sums[row] / total for row in rows])
+    return rows, {family: [sum(column) / len(column) for column in zip(*shares, strict=True)] for family, shares in found.items()}
+
+
 def modules_of_a_block(names: Sequence[str]) -> list[str]:
     """The modules that every block has, in order, where all blocks have the same few; else none."""
     blocks: dict[tuple[str, int], list[str]] = {}

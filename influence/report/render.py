@@ -17,7 +17,8 @@ from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from influence.report import spelling
-from influence.report.content import content
+from influence.report.content import content, families
+from influence.report.health import health_content
 
 LIMIT_BYTES = 2_000_000
 
@@ -32,15 +33,13 @@ def render_report(report: Mapping[str, Any]) -> str:
     """
     queries, data = content(report)
     style, script = _resource("page.css"), _resource("page.js")
-    environment = Environment(
-        loader=BaseLoader(), autoescape=True, finalize=_visible, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["text"] = _text
-    page = environment.from_string(re.sub(r"(?m)^ +", "", _resource("page.html"))).render(
+    page = _filled(
+        "page.html",
         title=str(report.get("title") or "Influence report"),
         run=report.get("run"),
         created=report.get("created"),
         queries=queries,
+        families=families(report),
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
@@ -53,6 +52,20 @@ def render_report(report: Mapping[str, Any]) -> str:
             "report fewer queries at once, or fewer or shorter sequences for each (-k)"
         )
     return page
+
+
+def render_health(health: Mapping[str, Any]) -> str:
+    """The health of a training set (`influence health --json`, with `run` and `created`) as one complete HTML document without a script."""
+    style = _resource("page.css") + _resource("health.css")
+    return _filled("health.html", **health_content(health), style=Markup(style), policy=_policy(style))
+
+
+def _filled(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=BaseLoader(), autoescape=True, finalize=_visible, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["text"] = _text
+    return environment.from_string(re.sub(r"(?m)^ +", "", _resource(template))).render(**values)
 
 
 def embeddable(data: Any) -> str:
@@ -73,9 +86,10 @@ def _text(text: str) -> Markup:
     return Markup(html.escape(text, quote=False))
 
 
-def _policy(style: str, script: str) -> str:
+def _policy(style: str, script: str | None = None) -> str:
     """A Content-Security-Policy under which only this style and this script run and nothing is fetched."""
-    return f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; base-uri 'none'; form-action 'none'"
+    scripts = "" if script is None else f" script-src '{_digest(script)}';"
+    return f"default-src 'none'; style-src '{_digest(style)}';{scripts} img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def _digest(inline: str) -> str:

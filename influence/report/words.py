@@ -79,6 +79,28 @@ def tail_sentence(distribution: Mapping[str, Any]) -> str:
     return "; ".join(said) + "." if said else ""
 
 
+def memorised(distribution: Mapping[str, Any], results: Sequence[Mapping[str, Any]], num_counted: int) -> str:
+    """`The 10 largest carry 43% of it, as if 28 sequences had equal influence. Of the 10 sequences shown as helpful, 3 hold all 4 counted tokens
+    of the completion in a row, 5 at least half of them.` How far an answer rests on few sequences, and repeats them; empty when unknown."""
+    said, largest, effective = [], distribution.get("largest") or {}, distribution.get("effective_sequences")
+    if "10" in largest and effective:
+        said.append(f"The 10 largest carry {percent(largest['10'])} of it, as if {number(effective)} sequences had equal influence.")
+    runs = [run for result in results if (run := result.get("verbatim")) is not None]
+    if runs and num_counted > 1:
+        whole, half = sum(run == num_counted for run in runs), sum(2 * run >= num_counted for run in runs)
+        hold = f"{whole or 'none'} hold{'s' if whole == 1 else ''} all {num_counted} counted tokens of the completion in a row"
+        said.append(f"Of the {len(runs)} sequences shown as helpful, {hold}, {half or 'none'} at least half of them.")
+    return " ".join(said)
+
+
+def measured(facts: Mapping[str, Any] | None) -> str:
+    """What was measured instead of a log-probability, and its value; nothing where that was measured."""
+    if not facts:
+        return ""
+    what = f"{facts['reduce']} activation at {facts['layer']}" if "layer" in facts else str(facts.get("function", "function"))
+    return f"{what}: {number(facts['value'])}"
+
+
 def overlap(lexical: Mapping[str, Any] | None) -> str:
     """How far lexical search and influence agree on what helped, as a sentence; nothing where that was not asked."""
     found = len((lexical or {}).get("results") or [])

@@ -10,16 +10,16 @@ from typing import Any
 
 from influence.answering import QueryOptions, answer, answer_both_ends, num_candidates
 from influence.errors import RequestError
-from influence.measurement import Measurement
+from influence.measurement import Measurement, Member, combine
 from influence.report import words
 from influence.result import report_page
 from influence.run import Run
 from influence.run_directory import digest
-from influence.service.bodies import QueryBody
+from influence.service.bodies import MemberBody, QueryBody
 from influence.service.settings import Limits
 from influence.solving import Progress
 
-QUESTION = {"prompt", "completion", "text", "input_ids", "contrast", "span"}
+QUESTION = {"prompt", "completion", "text", "messages", "input_ids", "queries", "as_one", "contrast", "span"}
 """What may differ between queries that are answered together."""
 
 
@@ -53,17 +53,28 @@ def check_limits(body: QueryBody, limits: Limits) -> None:
 
 def measure(run: Run, body: QueryBody, limits: Limits) -> Measurement:
     """What the query asks of the model. Raises RequestError when it cannot be asked, or has more tokens than are allowed."""
-    if body.input_ids is not None:
-        measurement = run.measure_tokens(list(body.input_ids))
-    elif body.text is not None:
-        measurement = run.measure("", body.text)
+    if body.queries is not None:
+        named = [(one.id or str(place), one) for place, one in enumerate(body.queries, 1)]
+        members = [Member(name=name, weight=one.weight, measurement=_measured(run, one)) for name, one in named]
+        measurement = combine(members, body.as_one)
+        num_tokens = sum(len(sequence.tokens) for _, sequence in measurement.parts)
     else:
-        span = (body.span[0], body.span[1]) if body.span else None
-        measurement = run.measure(body.prompt or "", body.completion or "", contrast=body.contrast, span=span)
-    longest = max(len(sequence.tokens) for _, sequence in measurement.parts)
-    if longest > limits.query_tokens:
-        raise RequestError(f"the query has {longest} tokens, and this service allows at most {limits.query_tokens}")
+        measurement = _measured(run, body)
+        num_tokens = max(len(sequence.tokens) for _, sequence in measurement.parts)
+    if num_tokens > limits.query_tokens:
+        raise RequestError(f"the query has {num_tokens} tokens, and this service allows at most {limits.query_tokens}")
     return measurement
+
+
+def _measured(run: Run, body: QueryBody | MemberBody) -> Measurement:
+    contrast, span = (body.contrast, body.span) if isinstance(body, QueryBody) else (None, None)
+    if body.input_ids is not None:
+        return run.measure_tokens(list(body.input_ids))
+    if body.messages is not None:
+        return run.measure_messages([{"role": one.role, "content": one.content} for one in body.messages], span=span)
+    if body.text is not None:
+        return run.measure("", body.text)
+    return run.measure(body.prompt or "", body.completion or "", contrast=contrast, span=span)
 
 
 def bounded_options(runs: Sequence[Run], body: QueryBody, limits: Limits) -> QueryOptions:
@@ -120,9 +131,14 @@ def in_words(result: Mapping[str, Any]) -> dict[str, Any]:
     """What the result rests on, as the sentences of its report."""
     return {
         "trust": words.trust(result["provenance"]),
-        "distribution": words.tail_sentence(result["distribution"]),
+        "distribution": " ".join(filter(None, [words.tail_sentence(result["distribution"]), _memorised(result)])),
         "bm25": words.overlap(result.get("bm25")),
     }
+
+
+def _memorised(result: Mapping[str, Any]) -> str:
+    num_counted = sum(value is not None for value in result["query"]["token_log_probabilities"])
+    return words.memorised(result["distribution"], result["results"], num_counted)
 
 
 def report(result: Mapping[str, Any], body: Mapping[str, Any], run: str, created: str) -> str:

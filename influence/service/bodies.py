@@ -17,11 +17,50 @@ EXAMPLES: list[JsonValue] = [
     {"prompt": "The capital of France is", "completion": " Paris", "exact": True, "where": "source = 'web' and year < 2023"},
     {"text": "The whole text is what is asked about.", "opponents": True},
     {"input_ids": [464, 3139, 286, 4881]},
+    {"prompt": "The capital of France is", "completion": " Paris, of course", "span": [[0, 1], [3, 4]], "by_output_token": True},
+    {"messages": [{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris"}]},
+    {
+        "queries": [{"prompt": "The capital of France is", "completion": " Paris"}, {"text": "Paris is in France.", "weight": 2.0}],
+        "as_one": "mean",
+    },
 ]
+
+Span = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    role: Annotated[str, Field(max_length=100)]
+    content: Text
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=1_000)]
+
+
+class MemberBody(BaseModel):
+    """A query of a set that is asked as one: `prompt` and `completion`, or `text`, or `messages`, or `input_ids`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    id: Text | None = Field(None, description="what it is called in the result; its number when left out")
+    weight: Annotated[float, Field(allow_inf_nan=False)] = Field(1.0, description="its weight in the mean or sum")
+    prompt: Text | None = None
+    completion: Text | None = None
+    text: Text | None = None
+    messages: Messages | None = None
+    input_ids: Annotated[list[int], Field(max_length=LONGEST_TEXT)] | None = None
+
+    @model_validator(mode="after")
+    def one_kind_of_question(self) -> "MemberBody":
+        _check_one_kind(self, ("text", "messages", "input_ids"), "prompt and completion, or text, or messages, or input_ids")
+        return self
 
 
 class QueryBody(BaseModel):
-    """A query, with the names and meanings of the command line: `prompt` and `completion`, or `text`, or `input_ids`."""
+    """A query, with the names and meanings of the command line: `prompt` and `completion`, or `text`, or `messages`, or `input_ids`; or `queries`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": EXAMPLES})
 
@@ -29,9 +68,16 @@ class QueryBody(BaseModel):
     completion: Text | None = Field(None, description="what the model said")
     text: Text | None = Field(None, description="instead of both: a text that is the completion as a whole")
     input_ids: Annotated[list[int], Field(max_length=LONGEST_TEXT)] | None = Field(None, description="instead of text: tokens")
+    messages: Messages | None = Field(
+        None, description="instead of text: a conversation, of which the last turn, the assistant's, is asked about; by the chat template"
+    )
+    queries: Annotated[list[MemberBody], Field(min_length=1, max_length=1_000)] | None = Field(
+        None, description="instead of one query: a set that is asked as one"
+    )
+    as_one: Literal["mean", "sum"] = Field("mean", description="how `queries` are combined, each by its weight")
     contrast: Text | None = Field(None, description="another completion: explain the difference of the two log-probabilities")
-    span: Annotated[list[int], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="[A, B]: only tokens A to B-1 of the completion"
+    span: Span | Annotated[list[Span], Field(min_length=1, max_length=1_000)] | None = Field(
+        None, description="[A, B]: only tokens A to B-1 of the completion; or a list of such spans"
     )
     k: int = Field(10, ge=1, description="how many sequences")
     opponents: bool = Field(False, description="the most negative sequences instead of the most positive")
@@ -51,19 +97,21 @@ class QueryBody(BaseModel):
         RefineOptions.sequences, ge=1, description="over how many training sequences the exact Hessian is averaged"
     )
     bm25: bool = Field(False, description="lexical search beside influence")
+    by_output_token: bool = Field(
+        False, description="split scores over the tokens that were to be predicted, instead of those that were read"
+    )
     also: Annotated[list[Text], Field(max_length=20)] = Field(
         default_factory=list, description="average the scores with these runs of the same service"
     )
 
     @model_validator(mode="after")
     def one_kind_of_question(self) -> "QueryBody":
-        given = [name for name in ("text", "input_ids") if getattr(self, name) is not None]
-        if self.completion is not None:
-            given.append("completion")
-        if len(given) != 1 or (self.prompt is not None and self.completion is None):
-            raise ValueError("give prompt and completion, or text, or input_ids")
-        if self.completion is None and (self.contrast is not None or self.span is not None):
+        kinds = ("text", "messages", "input_ids", "queries")
+        _check_one_kind(self, kinds, "prompt and completion, or text, or messages, or input_ids, or queries")
+        if self.completion is None and (self.contrast is not None or (self.span is not None and self.messages is None)):
             raise ValueError("contrast and span go with prompt and completion")
+        if self.queries is None and self.as_one != "mean":
+            raise ValueError("as_one goes with queries")
         if self.both_ends and self.opponents:
             raise ValueError("both_ends gives the opponents too: leave opponents out")
         if not self.refine and (self.refine_steps, self.refine_sequences) != (RefineOptions.steps, RefineOptions.sequences):
@@ -87,7 +135,16 @@ class QueryBody(BaseModel):
             normalize=self.normalize,
             refine=RefineOptions(steps=self.refine_steps, sequences=self.refine_sequences) if self.refine else None,
             bm25=self.bm25,
+            by_output_token=self.by_output_token,
         )
+
+
+def _check_one_kind(body: Any, others: tuple[str, ...], expected: str) -> None:
+    given = [name for name in others if getattr(body, name) is not None]
+    if body.completion is not None:
+        given.append("completion")
+    if len(given) != 1 or (body.prompt is not None and body.completion is None):
+        raise ValueError(f"give {expected}")
 
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]

@@ -13,16 +13,21 @@ const short = (text, most = 60) => (text.length > most ? `${text.slice(0, most -
 const named = (query) => `“${short((query.result.query.completion || query.result.query.prompt || "").trim())}”`;
 export const question = (query) => ({ ...query.request, run: query.run, completion: query.request.completion ?? query.request.text });
 
+const byOutput = (query) => (query.result.provenance.tokens_by === "output" ? "learning to predict" : "reading");
+
 // What the numbers are of, in one or two sentences.
 function caption(query) {
   const { query: asked, unit } = query.result;
   const { request } = query;
   const counted = asked.token_log_probabilities.filter((value) => value !== null);
-  const parts = asked.contrast === undefined
+  const parts = asked.queries
+    ? ["Log-probability ", html("b", {}, `${number(asked.log_probability)} nats`), `, the ${asked.completion}.`]
+    : asked.contrast === undefined
     ? ["Log-probability ", html("b", {}, `${number(asked.log_probability)} nats`), ` over ${plural(counted.length, "token")}`, counted.length > 1 ? `, a geometric mean of ${number(Math.exp(asked.log_probability / counted.length))} a token.` : "."]
     : ["Rather than ", html("b", {}, `“${short(asked.contrast)}”`), ": the log-probabilities differ by ", html("b", {}, `${signed(asked.log_probability)} nats`), "."];
   const narrowed = [
-    asked.span ? `Only ${asked.span[1] - asked.span[0] === 1 ? `token ${asked.span[1]}` : `tokens ${asked.span[0] + 1} to ${asked.span[1]}`} of the completion.` : "",
+    asked.span ? `Only ${(Array.isArray(asked.span[0]) ? asked.span : [asked.span]).map(([from, to]) => (to - from === 1 ? `token ${to}` : `tokens ${from + 1} to ${to}`)).join(", ")} of the completion.` : "",
+    asked.queries ? `Asked as one: ${asked.queries.slice(0, 5).map((one) => `“${short((one.completion ?? "").trim(), 30)}”`).join(", ")}${asked.queries.length > 5 ? ", …" : ""}.` : "",
     request.where ? `Only sequences where ${request.where}.` : "",
     request.layers?.length ? `Only layers ${request.layers.join(", ")}.` : "",
     unit === "√nats" ? "Scores are normalized: divided by the square root of each sequence’s influence on itself." : "",
@@ -58,8 +63,8 @@ function columns(query, prefix, scale, words, note) {
   const column = (id, title, text, list) => html("section", { class: "end", "aria-labelledby": `${prefix}-${id}` }, html("h3", { id: `${prefix}-${id}`, tabindex: -1 }, title), html("p", { class: "caption" }, text), list);
   const none = html("p", { class: "none" }, "No sequence: nothing in the run fulfils the condition.");
   return [
-    helped && column("for", "Made it more likely", `${plural(helped.length, "training sequence")} with the highest scores. Red: reading this token helped. The bars split a score by layer, the first at the left.`, helped.length ? ranked(query.run, helped, unit, scale, `${prefix}-helped`, note) : none),
-    hurt && column("against", "Made it less likely", `${plural(hurt.length, "training sequence")} with the lowest scores. Teal, underlined: reading this token hurt.`, hurt.length ? ranked(query.run, hurt, unit, scale, `${prefix}-hurt`, note) : none.cloneNode(true)),
+    helped && column("for", "Made it more likely", `${plural(helped.length, "training sequence")} with the highest scores. Red: ${byOutput(query)} this token helped. The bars split a score by layer, the first at the left.`, helped.length ? ranked(query.run, helped, unit, scale, `${prefix}-helped`, note) : none),
+    hurt && column("against", "Made it less likely", `${plural(hurt.length, "training sequence")} with the lowest scores. Teal, underlined: ${byOutput(query)} this token hurt.`, hurt.length ? ranked(query.run, hurt, unit, scale, `${prefix}-hurt`, note) : none.cloneNode(true)),
     bm25 ? column("words", "Shares its words", bm25.results.length ? `What a search for the words finds (BM25). ${words.bm25}` : "No sequence shares a word with it.", lexical(query.run, bm25.results, place(helped, hurt))) : null,
   ];
 }

@@ -56,7 +56,7 @@ export class AskForm {
     byId("layers").value = (given.layers ?? []).join(", ");
     byId("k").value = given.k ?? 10;
     for (const id of ["exact", "normalize", "bm25"]) byId(id).checked = Boolean(given[id]);
-    this.#wanted = given.span ?? null;
+    this.#wanted = Array.isArray(given.span?.[0]) ? null : given.span ?? null; // the form has one span
     this.chooser.set([]);
     if (NARROWING.some((name) => given[name]?.length) || given.exact || given.normalize) byId("options").open = true;
     this.#contrasted();

@@ -82,6 +82,7 @@ export function asked(query) {
     tipOf(span, () => value === null ? [`“${visible(token)}”`, "not counted"] : [`“${visible(token)}”  ${number(value)} nats`, `probability ${number(Math.exp(value))}`]);
     if (!apart[i]) paragraph.append(...parts);
   });
+  if (!query.tokens.length) paragraph.append(whole); // a set of queries has a name, and no tokens
   walk(paragraph, () => [...paragraph.querySelectorAll(".t")]);
   return paragraph;
 }
