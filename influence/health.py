@@ -267,7 +267,7 @@ class _Passes:
 
     def _preconditioned(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """(G + λI)⁻¹ of one gradient over all layers."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for part in self.run.parts():
             own = {layer.name: gradients[layer.name] for layer in part.layers}
             found |= precondition(own, self.run.factors_of(part).factors)

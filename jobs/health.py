@@ -28,7 +28,7 @@ from influence.report import words
 from influence.run import Run
 from influence.run_directory import digest, write_file
 from jobs.answers import measurements_of
-from jobs.options import Debug, Json, Memory, ModelOption, open_within
+from jobs.options import Debug, Json, Memory, ModelOption, RunPlace, open_within
 from jobs.progress import bar
 
 PARQUET, CSV = ".parquet", ".csv"
@@ -38,7 +38,7 @@ SHOWN = 20
 
 
 def health(
-    run: Annotated[str, typer.Argument(help="run directory, finished")],
+    run: RunPlace,
     queries: Annotated[
         Path | None, typer.Option("--queries", help="jsonl file of queries: influence over their mean, instead of over the training set")
     ] = None,
