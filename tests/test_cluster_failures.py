@@ -299,6 +299,7 @@ def test_unit_that_always_fails_stops_the_run_with_its_reason_and_the_rest_is_ke
     progress = json.loads((tmp_path / "run/progress.json").read_text())
     assert [(failure["unit"], failure["attempt"]) for failure in progress["failures"]] == [(unit, 1), (unit, 2), (unit, 3)]
     assert progress["retries"] == 3
+    assert progress["tokens_per_second"] > 0
     kept = sorted((tmp_path / "run/covariances").glob("part-*"))
     assert kept
     times = [path.stat().st_mtime_ns for path in kept]

@@ -1,15 +1,22 @@
-"""The schedule of a step: every unit is done once whatever happens to places, tries are bounded, and slow units are taken over. No Ray, no clock."""
+"""The schedule of a step: every unit is done once whatever happens to places, tries are bounded, and slow units are taken over. No Ray, no clock.
+
+What the schedule is told of a run's units, and how it comes along, is here too.
+"""
 
 import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
+from influence.run import Run
+from influence.run_directory import RunDirectory
 from jobs.executors import cpus_per_worker
 from jobs.scheduler import Failure, Rules, Schedule
+from jobs.stages import STAGES
 
 RULES = Rules(tries=3, slow_factor=3, slow_seconds=10)
 
@@ -297,6 +304,28 @@ def test_slow_units_do_not_hold_up_the_step() -> None:
     taken_over = World(Schedule(dict.fromkeys(units, 1.0), 4, RULES), 0, hangs_once()).run(4)
     alone = World(Schedule(dict.fromkeys(units, 1.0), 4, Rules(slow_seconds=1e12)), 0, lambda draw: 10.0).run(4)
     assert taken_over <= alone + 3 * 10 + 10 + 10
+
+
+# sizes
+
+
+def test_sizes_of_units_are_their_sequences_or_the_cubes_of_their_dimensions(finished: Path) -> None:
+    run = Run(finished)
+    sizes = {stage.name: {unit: stage.size(run, unit) for unit in stage.units(run)} for stage in STAGES}
+    assert {name for name, own in sizes.items() if min(own.values()) <= 0} == set()
+    shards = [len(run.training.shard(shard)) for shard in range(run.training.num_shards)]
+    assert list(sizes["rows"].values()) == list(sizes["scans"].values()) == shards
+    for name in ("covariances", "eigenvalues"):
+        assert sum(sizes[name].values()) == pytest.approx(run.fitted[name].sum())
+    assert sizes["eigenbases"] == {name: len(vectors) ** 3 for name, vectors in run.eigenvectors.items()}
+
+
+def test_progress_says_what_came_of_the_last_stage(finished: Path) -> None:
+    progress = RunDirectory(finished).read_progress()
+    assert progress is not None
+    assert progress.pop("units_per_second") > 0
+    assert progress.pop("updated") > 0
+    assert progress == {"stage": "fidelity", "done": 1, "total": 1, "seconds_left": 0, "workers": 1, "retries": 0, "failures": []}
 
 
 # the share of a worker
