@@ -190,7 +190,7 @@ def parse_span(span: str | None) -> Spans | None:
         return None
     found = [re.fullmatch(r"\s*(\d+):(\d+)\s*", one, re.ASCII) for one in span.split(",")]
     if not all(found):
-        raise RequestError(f"--span: expected two token numbers such as 0:3, or several such as 0:3,5:7, got {span!r}")
+        raise RequestError(f"--span: expected two token numbers such as 0:3, got {span!r} (several spans: 0:3,5:7)")
     return tuple((int(one[1]), int(one[2])) for one in found if one)
 
 

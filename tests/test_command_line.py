@@ -260,16 +260,16 @@ QUERY_FILES = [
     ("", "holds no query"),
     ("[]", "line 1: expected a JSON object"),
     ('{"text": "Oslo lies"}\n{broken', "line 2: not valid JSON"),
-    ("{}", "line 1: expected prompt and completion, or text, or input_ids; got nothing"),
-    ('{"prompt": "x"}', "line 1: expected prompt and completion, or text, or input_ids; got prompt"),
-    ('{"prompt": 1, "completion": "x"}', "line 1: expected prompt and completion, or text, or input_ids"),
+    ("{}", "line 1: expected prompt and completion, or text, or messages, or input_ids; got nothing"),
+    ('{"prompt": "x"}', "line 1: expected prompt and completion, or text, or messages, or input_ids; got prompt"),
+    ('{"prompt": 1, "completion": "x"}', "line 1: expected prompt and completion, or text, or messages, or input_ids"),
     ('{"text": ""}', "line 1: the completion is empty"),
     ('{"input_ids": []}', "line 1: the query has no tokens"),
     ('{"input_ids": [1]}', "line 1: the query has no token to count"),
     ('{"input_ids": [1, "a"]}', "line 1: input_ids must be whole numbers from 0 to 319"),
     ('{"input_ids": [1, 320]}', "line 1: input_ids must be whole numbers from 0 to 319"),
     ('{"input_ids": [true, 2]}', "line 1: input_ids must be whole numbers from 0 to 319"),
-    ('{"input_ids": "1 2"}', "line 1: expected prompt and completion, or text, or input_ids; got input_ids"),
+    ('{"input_ids": "1 2"}', "line 1: expected prompt and completion, or text, or messages, or input_ids; got input_ids"),
     ('{"input_ids": [' + "1, " * POSITIONS + "1]}", "line 1: the query has 33 tokens"),
 ]
 
@@ -332,7 +332,7 @@ def check_shape(answer: dict[str, Any]) -> None:
     assert "".join(query["tokens"]) == query["prompt"] + query["completion"]
     assert [result["rank"] for result in results] == list(range(1, len(results) + 1))
     for result in results:
-        assert {"rank", "id", "score", "text", "metadata", "layers", "tokens", "bm25_rank", "duplicates"} == result.keys()
+        assert {"rank", "id", "score", "text", "metadata", "layers", "tokens", "bm25_rank", "duplicates", "verbatim"} == result.keys()
         assert math.isfinite(result["score"])
         assert sum(result["layers"].values()) == pytest.approx(result["score"], rel=1e-4)
         largest = max(abs(share) for _, share in result["tokens"])

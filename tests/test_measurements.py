@@ -30,6 +30,7 @@ from influence.attribution import AttributedModel, by_output_token, query_gradie
 from influence.concentration import concentration, longest_run
 from influence.measurement import Member, combine, measure_messages, with_function
 from influence.report.layers import shares_by_family
+from influence.report.words import memorised
 from jobs.answers import asked_before, keep_answers, measurements_of
 
 PROMPT, COMPLETION = "Oslo lies on the", " Aker. The town is known"
@@ -315,6 +316,19 @@ def test_answer_says_which_side_its_tokens_are_of(influence: Influence, finished
         assert one["tokens"][0][1] != 0
 
 
+def test_report_says_which_side_its_tokens_are_of_and_what_was_measured(influence: Influence, finished: Path, tmp_path: Path) -> None:
+    page, read, predicted = tmp_path / "page.html", "the one <em>before</em> the token", "what learning to <em>predict</em> it did"
+    assert influence("report", finished, PROMPT, COMPLETION, "-k", 1, "--out", page).status == 0
+    assert read in page.read_text()
+    assert predicted not in page.read_text()
+    file = direction_file(tmp_path / "feature.safetensors", {"transformer.h.1": torch.ones(16)})
+    arguments = ["-k", 1, "--out", page, "--by-output-token", "--direction", file]
+    assert influence("report", finished, PROMPT, COMPLETION, *arguments).status == 0
+    assert read not in page.read_text()
+    assert predicted in page.read_text()
+    assert "Measured was the <b>mean activation at transformer.h.1: " in page.read_text()
+
+
 def test_gradient_of_a_batch_as_one_sequence_is_the_sum_of_its_sequences(architecture: str) -> None:
     model, batch = tiny_model(architecture), padded_batch()
     layers = attributable_layers(model, lambda m: m(input_ids=batch.tokens)).layers
@@ -339,6 +353,16 @@ def test_concentration_tells_few_from_many() -> None:
     single = concentration(np.r_[np.zeros(999), 5.0])
     assert (single["effective_sequences"], single["largest"]["1"]) == (pytest.approx(1), 1.0)
     assert concentration(-np.ones(3))["largest"] == {}
+
+
+def test_how_far_an_answer_is_memorised_is_said_in_numbers() -> None:
+    spread = concentration(np.r_[np.full(10, 9.0), np.ones(10)])
+    said = memorised(spread, [{"verbatim": 4}, {"verbatim": 2}, {"verbatim": 1}], 4)
+    assert said.startswith("The 10 largest carry 90% of it, as if 12.2 sequences had equal influence.")
+    assert said.endswith(
+        "Of the 3 sequences shown as helpful, 1 holds all 4 counted tokens of the completion in a row, 2 at least half of them."
+    )
+    assert memorised({}, [], 4) == ""
 
 
 def test_longest_run_is_that_of_a_search_by_hand() -> None:

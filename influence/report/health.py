@@ -49,6 +49,7 @@ def health_content(health: Mapping[str, Any]) -> dict[str, Any]:
         "effective": words.number(effective) if effective else "",
         "largest": [_sequence(one, "influence", "nats") for one in health["largest"]],
         "most_negative": [_sequence(one, "influence", "nats") for one in health["most_negative"]],
+        "self_influence": [_sequence(one, "self_influence", "nats") for one in health["self_influence"]],
         "outliers": [_outliers(kind, found) for kind, found in health["outliers"].items()],
         "threshold": words.plain(health["thresholds"]["outlying"]),
         "alike": words.plain(health["thresholds"]["alike"]),
