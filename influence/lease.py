@@ -40,7 +40,14 @@ def lease(store: ObjectStore, place: str = "lock") -> Iterator[None]:
     finally:
         over.set()
         renewing.join()
+        _give_back(store, place, number)
+
+
+def _give_back(store: ObjectStore, place: str, number: int) -> None:
+    try:
         store.put(_name(place, number), json.dumps({"holder": _self(), "released": True}).encode())
+    except (OSError, RequestError) as error:  # it ends by itself, and what happened within is what the caller must hear of
+        log.warning("the claim on %s could not be given back, and ends in %.0f s: %s", store.url, SECONDS, error)
 
 
 def _claim(store: ObjectStore, place: str) -> int:

@@ -135,6 +135,8 @@ def run(
 ) -> None:
     """Every stage that is not yet done, in order; after a crash, the same command goes on where it was."""
     settings = load_config(config, overrides)
+    if (settings.resources.address or "").startswith(("http://", "https://")):
+        raise RequestError(f"{settings.resources.address} is a jobs API: `influence submit` takes it; `run` takes auto or ray://HEAD:10001")
     start = time.monotonic()
     finished = run_all(settings, until)
     if as_json:

@@ -12,6 +12,7 @@ import yaml
 
 from influence.config import Config, is_local_model, is_url
 from influence.errors import RequestError
+from influence.stored_run import run_directory
 
 TRAVELS_AT_MOST = 100 * 2**20
 """Bytes of a model and data together. Ray keeps what travels in its head's memory, and sends it to every node."""
@@ -43,7 +44,9 @@ def pack(config: Config, directory: Path) -> None:
 
 
 def _check_run_directory(place: str) -> None:
-    if not is_url(place) and not Path(place).is_absolute():
+    if is_url(place):
+        run_directory(place)  # refuses one that cannot be
+    elif not Path(place).is_absolute():
         raise RequestError(
             f"run.dir is {place}, a directory of this machine: give an absolute path on storage that all nodes of the cluster see, "
             "or s3://bucket/run or gs://bucket/run"

@@ -12,7 +12,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PACKAGES = ("ekfac", "indexing", "influence", "jobs")
 RUN_KEY = "influence_run"
 ENDED = ("stopped", "succeeded", "failed")
+
+
+class Unreachable(RequestError):
+    """Nothing answers where the jobs API should be; perhaps for a moment only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,7 @@ class RayJobs:
                 "RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"
             ) from None
         except (OSError, ValueError) as error:
-            raise RequestError(
+            raise Unreachable(
                 f"no jobs API of Ray can be reached at {self.address}: give --address http://HEAD:8265, or open the tunnel to it "
                 f"(`ray dashboard cluster.yaml`) ({type(error).__name__})"
             ) from None
@@ -109,7 +113,7 @@ class RayJobs:
             raise RequestError(f"--name: expected letters, digits and ._-, at most 100 of them, got {name!r}")
         with tempfile.TemporaryDirectory(prefix="influence-job-") as scratch:
             pack(config, Path(scratch))
-            for job in self.list():
+            for job in self.jobs():
                 if job.id == name:
                     raise RequestError(f"the cluster had a job {name!r} already ({job.state}): take another --name, or none")
                 if job.run == config.run.dir and not job.is_over:
@@ -133,7 +137,7 @@ class RayJobs:
                 )
         return self.job(identifier)
 
-    def list(self) -> list[Job]:
+    def jobs(self) -> list[Job]:
         """The runs that were submitted as jobs, the latest first; without their progress."""
         with self._asking():
             found = self._client.list_jobs()
@@ -180,11 +184,6 @@ class RayJobs:
         """A name with a slash would be another address."""
         if not NAME.fullmatch(identifier):
             raise RequestError(f"the cluster at {self.address} has no job {identifier!r}; `influence jobs list` names them")
-
-
-def people_lines(lines: Sequence[str]) -> list[str]:
-    """Of what a job printed, what is for people."""
-    return [line for line in lines if not line.startswith(PROGRESS_PREFIX)]
 
 
 def _job(details: Any, log: str = "") -> Job:

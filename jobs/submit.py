@@ -21,7 +21,8 @@ from jobs.stages import STAGES
 if TYPE_CHECKING:
     from jobs.ray_jobs import Job, RayJobs
 
-POLL_SECONDS = 3.0
+POLL_SECONDS = 5.0
+UNREACHABLE_POLLS = 20
 
 Address = Annotated[
     str | None,
@@ -88,7 +89,7 @@ def _variable(text: str) -> tuple[str, str]:
 @jobs.command("list")
 def list_jobs(address: Address = None, as_json: Json = False, debug: Debug = False) -> None:
     """Runs that were submitted to the cluster, the latest first."""
-    found = _cluster(address).list()
+    found = _cluster(address).jobs()
     if as_json:
         print(json.dumps({"jobs": [job.to_json() for job in found]}, ensure_ascii=False))
         return
@@ -152,7 +153,7 @@ def _to_the_end(cluster: "RayJobs", job: "Job", follow: bool) -> "Job":
         if follow:
             asyncio.run(_say_lines(cluster, job.id))
         last: list[str] = []
-        while not (job := cluster.job(job.id)).is_over:
+        while not (job := _patiently(cluster, job)).is_over:
             lines = list(_progress_of(job))
             for line in lines if lines != last else ():
                 say(line)
@@ -163,6 +164,19 @@ def _to_the_end(cluster: "RayJobs", job: "Job", follow: bool) -> "Job":
         raise
     say(f"{job.id}: {job.state}" + (f": {job.message}" if job.message else ""))
     return job
+
+
+def _patiently(cluster: "RayJobs", job: "Job") -> "Job":
+    """The job as of now. A tunnel that is closed for a while ends no waiting."""
+    from jobs.ray_jobs import Unreachable
+
+    for _ in range(UNREACHABLE_POLLS):
+        try:
+            return cluster.job(job.id)
+        except Unreachable as error:
+            say(f"{error}; the job goes on, and is asked for again")
+            time.sleep(10 * POLL_SECONDS)
+    return cluster.job(job.id)
 
 
 async def _say_lines(cluster: "RayJobs", job: str) -> None:

@@ -63,9 +63,11 @@ def reference() -> str:
 def command_options() -> list[tuple[str, str]]:
     """(command, option) for all that the command line knows."""
     group = typer.main.get_command(app)
+    inner = {name: getattr(command, "commands", {"": command}) for name, command in group.commands.items()}
     return [
         (name, flag)
-        for name, command in group.commands.items()
+        for name, commands in inner.items()
+        for command in commands.values()
         for parameter in command.params
         for flag in [*parameter.opts, *parameter.secondary_opts]
         if flag.startswith("-") and flag != "--help"

@@ -245,7 +245,10 @@ def _open(name: str, run: Run, changed: Any) -> OpenedRun:
 
 def _load(run: Run, verified: set[tuple[Path, str]]) -> None:
     """Reads what queries need, after every file of it that was not `verified` before was checked against its checksum."""
-    for stage, unit, fingerprint in _used_units(run):
+    used = list(_used_units(run))
+    for stage in dict.fromkeys(stage for stage, _, _ in used):
+        run.directory.bring(stage, [unit for other, unit, _ in used if other == stage])
+    for stage, unit, fingerprint in used:
         key = (run.path_of(stage, unit, fingerprint), fingerprint)
         if key not in verified:
             run.directory.verify(stage, unit)
