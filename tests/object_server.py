@@ -1,11 +1,13 @@
 """A real object-store server with S3's HTTP interface, in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -15,9 +17,22 @@ from ray_head import free_ports
 BUCKET = "models"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ObjectServer:
+    environment: Mapping[str, str]  # in which clients find it
+    process: "subprocess.Popen[bytes]"
+
+    def halt(self) -> None:
+        """Whoever asks waits, until `go_on`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+
 @contextmanager
-def object_server(log: Path) -> Iterator[Mapping[str, str]]:
-    """The server with one empty bucket, for as long as the context lasts; gives the environment in which clients find it."""
+def object_server(log: Path) -> Iterator[ObjectServer]:
+    """The server with one empty bucket, for as long as the context lasts."""
     (port,) = free_ports(1)
     address = f"http://127.0.0.1:{port}"
     environment = {
@@ -42,8 +57,9 @@ def object_server(log: Path) -> Iterator[Mapping[str, str]]:
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
         _make_bucket(environment)
-        yield environment
+        yield ObjectServer(environment=environment, process=process)
     finally:
+        process.send_signal(signal.SIGCONT)
         process.terminate()
         process.wait(timeout=30)
 

@@ -30,11 +30,11 @@ PROMPT, COMPLETION = "Lisbon lies on", " the Tagus."
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with object_server(tmp_path_factory.mktemp("server") / "log") as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+    with object_server(tmp_path_factory.mktemp("server") / "log") as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
             patch.setenv(name, value)
         patch.delenv("AWS_PROFILE", raising=False)
-        yield dict(environment)
+        yield dict(running.environment)
 
 
 @pytest.fixture

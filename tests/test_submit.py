@@ -83,13 +83,13 @@ def test_job_stopped_in_the_middle_and_submitted_again_ends_with_the_same_bytes(
     one_each = {"sequences_per_shard": 1}  # so many units that the job can be met in the middle
     undisturbed = run_pipeline(world.settings(tmp_path / "undisturbed", data=one_each)).directory.path
     monkeypatch.setattr(lease, "RENEWED_EVERY", 1000.0)
-    with object_server(tmp_path / "log") as environment:
-        for name, value in environment.items():
+    with object_server(tmp_path / "log") as server:
+        for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("INFLUENCE_CACHE", str(tmp_path / "here"))
         url = f"s3://{BUCKET}/run"
         config = write_yaml(tmp_path / "config.yaml", world.settings(url, data=one_each, resources=one_thread_each()))
-        passed = [word for name, value in environment.items() for word in ("--env", f"{name}={value}")]
+        passed = [word for name, value in server.environment.items() for word in ("--env", f"{name}={value}")]
         with StoredRunDirectory(url).exclusive():  # the job waits for a sign of life, and meanwhile works on nothing
             first = answer(cluster("submit", config, "--name", "first", "--json", *passed, "--env", f"INFLUENCE_CACHE={tmp_path / 'a'}"))
             assert first["state"] in ("pending", "running")
@@ -97,7 +97,9 @@ def test_job_stopped_in_the_middle_and_submitted_again_ends_with_the_same_bytes(
             assert (status, out) == (2, "")
             assert f"the job 'first' is working on {url} already" in err
         wait_until_stored(ObjectStore(url), "covariances")
-        assert answer(cluster("jobs", "stop", "first", "--json"))["state"] == "stopped", "it was over before it was stopped"
+        server.halt()  # and with it the job, in the middle
+        assert answer(cluster("jobs", "stop", "first", "--json"))["state"] == "stopped"
+        server.go_on()
         assert not ObjectStore(url).names("fidelity")
         second = answer(cluster("submit", config, "--json", "--wait", *passed, "--env", f"INFLUENCE_CACHE={tmp_path / 'b'}"))
         assert second["state"] == "succeeded"
