@@ -297,7 +297,7 @@ def test_both_ways_to_split_a_score_sum_to_it_also_over_some_layers(run: Run, ex
     vectors = gradients(some, run.measure(PROMPT, COMPLETION))
     sequences = run.store.select([0, 5, 11])
     by_input = score_sequences(some, vectors, sequences)
-    by_output = by_output_token(some, vectors, sequences, by_input)
+    by_output = by_output_token(some, vectors, sequences)
     for place, sequence in enumerate(sequences):
         assert by_output.tokens[place].sum() == pytest.approx(by_input.totals[place], rel=1e-9)
         assert not by_output.tokens[place][~sequence.counted].any()
