@@ -19,7 +19,7 @@ from influence.attribution import query_gradients, scan, solve
 from influence.health import Health, distances, weights
 from influence.report import render_health
 from jobs.health import kept_health
-from jobs.living import erase, remove
+from jobs.living import append, erase, remove
 
 QUERIES = [("Oslo lies on the", " Aker. The town"), ("We reached Lima in the", " rain")]
 
@@ -240,6 +240,17 @@ def test_what_was_removed_is_in_nothing_and_erasing_removes_what_shows_it(influe
     erase(open_run(copy))
     assert not list((copy / "evaluations").glob("health*"))
     assert open_run(copy).health().columns["id"].tolist() == after.columns["id"].tolist()
+
+
+def test_what_is_appended_is_measured_beside_the_rest_and_changes_none_of_it(copy: Path, health: Health) -> None:
+    more = write_jsonl(
+        copy.parent / "more.jsonl", [{"id": "new", "text": "Nobody in Oslo sells timber before spring.", "source": "letter"}]
+    )
+    append(open_run(copy), [str(more)])
+    after = open_run(copy).health()
+    assert after.columns["id"].tolist() == [*health.columns["id"].tolist(), "new"]
+    np.testing.assert_allclose(after.columns["influence"][:-1], health.columns["influence"], rtol=1e-4, atol=1e-7)
+    assert after.summary["provenance"]["appended"] == 1
 
 
 def test_page_holds_no_script_and_runs_none_of_the_texts(health: Health) -> None:

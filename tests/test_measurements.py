@@ -31,7 +31,9 @@ from influence.concentration import concentration, longest_run
 from influence.measurement import Member, combine, measure_messages, with_function
 from influence.report.layers import shares_by_family
 from influence.report.words import memorised
+from influence.service.bodies import QueryBody
 from jobs.answers import asked_before, keep_answers, measurements_of
+from jobs.remote import questions_of
 
 PROMPT, COMPLETION = "Oslo lies on the", " Aker. The town is known"
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -419,6 +421,28 @@ def test_command_asks_each_kind(influence: Influence, world: World, finished: Pa
     assert data["query"]["sequences"] > 40
     along = influence("query", finished, PROMPT, COMPLETION, "--direction", file, "--reduce", "max", "--span", "0:1,2:3", "--json").json
     assert (along["unit"], along["query"]["span"], along["query"]["measured"]["reduce"]) == ("activation", [[0, 1], [2, 3]], "max")
+
+
+def test_report_of_a_set_lists_its_queries(influence: Influence, finished: Path, tmp_path: Path) -> None:
+    lines = [{"id": "<first>", "prompt": PROMPT, "completion": COMPLETION, "weight": 2}, {"text": "Lima lies on the Rímac."}]
+    page, file = tmp_path / "page.html", write_jsonl(tmp_path / "set.jsonl", lines)
+    assert influence("report", finished, "--queries", file, "--as-one", "mean", "--out", page, "-k", 1).status == 0
+    row = '<th scope="row">&lt;first&gt;</th><td dir="auto">Oslo lies on the<b> Aker. The town is known</b></td>'
+    assert row in page.read_text()
+    assert page.read_text().count("Lima lies on the Rímac.") >= 1
+
+
+def test_what_a_file_asks_travels_to_a_server_as_a_body_that_it_takes(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "On the Aker."}]
+    file = write_jsonl(tmp_path / "set.jsonl", [{"id": 3, "messages": turns, "weight": 2}, {"prompt": PROMPT, "completion": COMPLETION}])
+    ((_, body),) = questions_of(None, None, None, None, file, "sum")
+    taken = QueryBody.model_validate_json(json.dumps(body))
+    assert (taken.as_one, [(one.id, one.weight) for one in taken.queries or []]) == ("sum", [("3", 2.0), ("2", 1.0)])
+    assert [
+        len(QueryBody.model_validate_json(json.dumps(one)).messages or []) for _, one in questions_of(None, None, None, None, file)
+    ] == [2, 0]
+    ((_, spans),) = questions_of(PROMPT, COMPLETION, None, "0:1,2:3", None)
+    assert QueryBody.model_validate_json(json.dumps(spans)).span == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize(
