@@ -1,13 +1,14 @@
 """What the scheduling of units costs, and how work speeds up with workers.
 
     python benchmarks/scheduler.py simulate [--units 10000] [--workers 100]
-    python benchmarks/scheduler.py empty [--units 2000] [--workers 2]
+    python benchmarks/scheduler.py empty [--units 2000] [--workers 2] [--seconds 0]
     python benchmarks/scheduler.py workers [--sequences 256]
 
 `simulate`: the scheduler's own code (`jobs.scheduler`) on a simulated cluster whose workers die, whose units fail and sometimes take a hundred times
 as long; the seconds it takes for each unit, and its memory at several numbers of units. `empty`: units without work through real workers on a
-local Ray, some of which fail: all that a unit costs besides its work. `workers`: the passes of a run of GPT-2's architecture (4 layers of width
-256, random weights and tokens), by one worker and by two, of one CPU each.
+local Ray, some of which fail: all that a unit costs besides its work; with `--seconds`, each waits so long, which shows how many workers can be kept
+busy where cores are not what is short. `workers`: the passes of a run of GPT-2's architecture (4 layers of width 256, random weights and tokens), by
+one worker and by two, of one CPU each.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def report_simulations(num_units: int, num_workers: int) -> None:
         print(f"| {count:,} | {counts} | {found['simulated hours']:.1f} | {found['milliseconds a unit']:.3f} | {memory:.1f} |")
 
 
-def report_empty_units(num_units: int, num_workers: int) -> None:
+def report_empty_units(num_units: int, num_workers: int, seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder)
 
@@ -113,6 +114,7 @@ def report_empty_units(num_units: int, num_workers: int) -> None:
             """Nothing to do; every unit of which the number ends in 777 fails at its first try."""
 
             def do(self, step: str, unit: str) -> None:
+                time.sleep(seconds)
                 if unit.endswith("777") and not (marks / unit).exists():
                     (marks / unit).touch()
                     raise OSError("by design")
@@ -123,7 +125,7 @@ def report_empty_units(num_units: int, num_workers: int) -> None:
             times: list[float] = []
             failures: list[object] = []
             sizes = {f"part-{n:05d}": 1.0 for n in range(num_units)}
-            workers.do_all("empty", {"first": 1.0}, lambda unit: None, failures.append)
+            ray.get([workers._start(place) for place in range(num_workers)])  # all of them run before the clock does
             start = time.perf_counter()
             workers.do_all("empty", sizes, lambda unit: times.append(time.perf_counter()), failures.append)
             workers.close()
@@ -132,6 +134,8 @@ def report_empty_units(num_units: int, num_workers: int) -> None:
         f"empty units on Ray, {num_workers} workers: {num_units:,} units, {len(failures)} of them tried twice, {times[-1] - start:.1f} s; "
         f"{1000 * np.median(between):.2f} ms a unit (median), {1000 * np.mean(between):.2f} (mean)"
     )
+    if seconds:
+        print(f"efficiency, of units of {seconds} s: {num_units * seconds / num_workers / (times[-1] - start):.3f}")
 
 
 def make_world(folder: Path, num_sequences: int) -> Config:
@@ -211,12 +215,13 @@ def main() -> None:
     parser.add_argument("what", choices=["simulate", "empty", "workers"])
     parser.add_argument("--units", type=int)
     parser.add_argument("--workers", type=int)
+    parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--sequences", type=int, default=256)
     opts = parser.parse_args()
     if opts.what == "simulate":
         report_simulations(opts.units or 10_000, opts.workers or 100)
     elif opts.what == "empty":
-        report_empty_units(opts.units or 2000, opts.workers or 2)
+        report_empty_units(opts.units or 2000, opts.workers or 2, opts.seconds)
     else:
         report_workers(opts.sequences)
 

@@ -212,7 +212,9 @@ class RayWorkers:
         except self._ray.exceptions.RayTaskError as error:
             return f"{type(error.cause).__name__}: {_first_line(error.cause)}"
         except self._ray.exceptions.RayError as error:
-            return f"the worker was lost: {_first_line(error)}"
+            lines = str(error).strip().split("\n")
+            # Of an error at a worker's start Ray has the traceback alone, whose last line says what it is.
+            return lines[-1] if "creation task" in lines[0] else f"the worker was lost: {lines[0]}"
         if refusal is not None:
             raise RequestError(refusal)
         return None

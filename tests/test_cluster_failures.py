@@ -198,6 +198,27 @@ def test_workers_that_no_node_has_room_for_begin_when_one_joins(cluster: Cluster
     assert sorted(path.name for path in tmp_path.iterdir()) == ["touch-a", "touch-b", "touch-c"]
 
 
+def test_workers_that_cannot_be_started_end_the_step_with_the_reason(cluster: Cluster) -> None:
+    def unpickled() -> None:
+        raise ModuleNotFoundError("No module named 'jobs'")
+
+    class Missing:
+        def __reduce__(self) -> Any:
+            return unpickled, ()
+
+        def do(self, step: str, unit: str) -> None:
+            """Never called."""
+
+    with (
+        closing(RayWorkers(ResourcesConfig(workers=2, address=cluster.address), 2, Missing())) as workers,
+        pytest.raises(
+            RuntimeError, match=r"^step: no worker \(1 CPUs and 0 GPUs\) can be started: ModuleNotFoundError: No module named 'jobs'"
+        ),
+    ):
+        workers.do_all("step", {"a": 1.0}, lambda unit: None, lambda failure: None)
+    assert workers.workers == {}
+
+
 def test_run_whose_driver_was_killed_goes_on(world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "config.yaml", settings(world, tmp_path / "run", cluster))
     process = command("run", config)
