@@ -19,7 +19,7 @@ from rich.text import Text
 from typer.exceptions import TyperException
 
 from influence.answering import QueryOptions
-from influence.config import load_config
+from influence.config import is_url, load_config
 from influence.errors import RequestError
 from influence.refinement import RefineOptions
 from influence.report import words
@@ -60,7 +60,14 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Which training examples made this model say that?"
 )
 
-Out = Annotated[Path, typer.Option("--out", help="directory for everything the demo makes")]
+
+def _local_directory(text: str) -> Path:
+    if is_url(str(text)):
+        raise typer.BadParameter("the demo is made in a local directory")
+    return Path(text)
+
+
+Out = Annotated[Path, typer.Option("--out", parser=_local_directory, metavar="DIR", help="directory for everything the demo makes")]
 
 
 def main() -> None:

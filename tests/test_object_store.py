@@ -349,6 +349,10 @@ def test_place_that_holds_no_run_is_refused(place: str, message: str, server: di
     influence("status", place).says(message)
 
 
+def test_demo_is_not_made_in_an_object_store(influence: Influence) -> None:
+    influence("demo", "--out", f"s3://{BUCKET}/demo").says("the demo is made in a local directory")
+
+
 def test_run_in_a_bucket_that_is_not_there_is_refused(server: dict[str, str], world: World, influence: Influence, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "config.yaml", world.settings("s3://nowhere/run"))
     influence("run", config).says("s3://nowhere/run: The specified bucket does not exist")
