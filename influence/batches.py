@@ -33,27 +33,58 @@ class BatchBudget:
         return tokens <= self.max_tokens and tokens * self.bytes_per_token + num_sequences * self.bytes_per_sequence <= self.memory_bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """What a worker holds beside a batch, and what a batch adds to it, estimated from shapes."""
+
+    resident_bytes: int
+    """The model, the factors of its layers, and what makes rows of them."""
+    bytes_per_token: int
+    bytes_per_sequence: int
+
+    def smallest(self, sequence_length: int) -> int:
+        """What the worker needs when batches are of one sequence."""
+        return self.resident_bytes + sequence_length * self.bytes_per_token + self.bytes_per_sequence
+
+
+def memory_use(layers: Sequence[Layer], parameter_bytes: int, vocabulary: int) -> MemoryUse:
+    """The memory of a model with these layers, all of whose factors are held at once."""
+    width = sum(_numbers_per_token(layer) for layer in layers)
+    return MemoryUse(
+        resident_bytes=parameter_bytes + sum(_factor_bytes(layer) for layer in layers),
+        bytes_per_token=4 * (2 * width + 4 * vocabulary),
+        bytes_per_sequence=4 * 3 * max(min(layer.shape[0] * layer.shape[1], BLOCK_NUMBERS) for layer in layers),
+    )
+
+
+def model_memory(model: nn.Module, layers: Sequence[Layer]) -> MemoryUse:
+    """`memory_use` of this model, which may be one without weights."""
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    return memory_use(layers, parameters, int(getattr(model.config, "vocab_size", 0)))
+
+
 def batch_budget(model: nn.Module, layers: Sequence[Layer], memory_budget: int, sequence_length: int) -> BatchBudget:
     """The budget for batches beside the model, its factors and what makes rows of them.
 
     Raises RequestError when not even one sequence fits, with the budget that would do.
     """
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    resident = parameters + sum(_factor_bytes(layer) for layer in layers)
-    width = sum(_numbers_per_token(layer) for layer in layers)
-    budget = BatchBudget(
-        max_tokens=MAX_TOKENS[next(model.parameters()).device.type],
-        memory_bytes=memory_budget - resident,
-        bytes_per_token=4 * (2 * width + 4 * int(getattr(model.config, "vocab_size", 0))),
-        bytes_per_sequence=4 * 3 * max(min(layer.shape[0] * layer.shape[1], BLOCK_NUMBERS) for layer in layers),
-    )
-    one = sequence_length * budget.bytes_per_token + budget.bytes_per_sequence
-    if one > budget.memory_bytes:
+    use = model_memory(model, layers)
+    if use.smallest(sequence_length) > memory_budget:
         raise RequestError(
-            f"resources.memory_budget is too small: the model, its factors and one sequence need {-(-(resident + one) // 2**20):,} MiB "
+            f"resources.memory_budget is too small: the model, its factors and one sequence need {-(-use.smallest(sequence_length) // 2**20):,} MiB "
             "(--memory-budget raises it; factors.layers leaves layers out)"
         )
-    return budget
+    return budget_beside(use, memory_budget, next(model.parameters()).device.type)
+
+
+def budget_beside(use: MemoryUse, memory_budget: int, device: str) -> BatchBudget:
+    """What is left for a batch on a device of this type."""
+    return BatchBudget(
+        max_tokens=MAX_TOKENS[device],
+        memory_bytes=memory_budget - use.resident_bytes,
+        bytes_per_token=use.bytes_per_token,
+        bytes_per_sequence=use.bytes_per_sequence,
+    )
 
 
 def _numbers_per_token(layer: Layer) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ekfac import Coverage, LayerFactors, key_of, keyed_bits
+from ekfac import Coverage, Layer, LayerFactors, key_of, keyed_bits
 from indexing import FeatureSpec, RowFormat, RowIndex, RowShards, Spreader, feature_spec, open_rows, spreaders
 from influence import artifacts, optimizer_state
 from influence.answering import Progress, QueryOptions, answer, ignore
@@ -250,16 +250,9 @@ class Run:
 
     @cached_property
     def fitted_on(self) -> dict[str, int]:
-        """How many sequences each pass of the fit takes, by its stage's name: what the settings say, or else as many as are enough.
-
-        An eigenbasis needs tokens in proportion to the widest covariance, corrected eigenvalues need MIN_FITTED sequences at least.
-        """
-        if self.factors_config.sequences is not None:
-            return dict.fromkeys(("covariances", "eigenvalues"), self.factors_config.sequences)
-        widths = [max(layer.shape) if layer.kind == "linear" else layer.shape[1] for layer in self.coverage.layers]
+        """How many sequences each pass of the fit takes, by its stage's name."""
         tokens_per_sequence = self.training.summary["counted_tokens"] / len(self.training)
-        enough = math.ceil(TOKENS_PER_DIMENSION * max(widths) / tokens_per_sequence)
-        return {"covariances": enough, "eigenvalues": max(enough, MIN_FITTED)}
+        return fit_sizes(self.coverage.layers, tokens_per_sequence, self.factors_config.sequences)
 
     @cached_property
     def fitted(self) -> dict[str, NDArray[np.bool_]]:
@@ -356,6 +349,18 @@ class Run:
                 texts.append(text)
                 pending = []
         return texts
+
+
+def fit_sizes(layers: Sequence[Layer], tokens_per_sequence: float, wanted: int | None) -> dict[str, int]:
+    """How many sequences of so many counted tokens each pass of the fit takes, by its stage's name: as many as are wanted, or else as are enough.
+
+    An eigenbasis needs tokens in proportion to the widest covariance, corrected eigenvalues need MIN_FITTED sequences at least.
+    """
+    if wanted is not None:
+        return dict.fromkeys(("covariances", "eigenvalues"), wanted)
+    widths = [max(layer.shape) if layer.kind == "linear" else layer.shape[1] for layer in layers]
+    enough = math.ceil(TOKENS_PER_DIMENSION * max(widths) / tokens_per_sequence)
+    return {"covariances": enough, "eigenvalues": max(enough, MIN_FITTED)}
 
 
 def row_units(name: str, store: SequenceStore) -> list[str]:

@@ -19,7 +19,6 @@ from ekfac import (
     Covariance,
     EigenvalueSum,
     SequenceBatch,
-    attributable_layers,
     covariance_pass,
     drawn_label_loss,
     eigenbasis,
@@ -50,14 +49,21 @@ from influence.errors import RequestError
 from influence.fidelity import DEPTHS, Fidelity, end_fidelity, end_name, rank_correlation
 from influence.lexical import write_lexical
 from influence.measurement import Measurement
-from influence.model import LanguageModel, embedded_tokens, load_model, longest_sequence, model_fingerprint, tokenizer_fingerprint
+from influence.model import (
+    LanguageModel,
+    embedded_tokens,
+    find_layers,
+    load_model,
+    longest_sequence,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
 from influence.run import Run
 from influence.run_directory import RunDirectory
 from influence.sequences import TrainingSequence, tokenize, write_sequences
 
 Write = Callable[[Path], None]
 MOST_FIT_GROUPS = 8
-LAYER_TRIAL_LENGTH = 11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +142,7 @@ def _sequences(run: Run, config: Config, _: str) -> Write:
 
 
 def _layers(run: Run, config: Config, _: str) -> Write:
-    loaded = run.language_model
-
-    def call(model: torch.nn.Module) -> None:
-        # Rows of the embedding that are not zero, as the padding's may be; and a length that is hardly a number of heads.
-        tokens = torch.arange(1, 1 + min(LAYER_TRIAL_LENGTH, longest_sequence(model) or LAYER_TRIAL_LENGTH), device=loaded.device)
-        model(input_ids=(tokens % embedded_tokens(model))[None], use_cache=False)
-
-    try:
-        coverage = attributable_layers(loaded.model, call, config.factors.patterns)
-    except ValueError as error:
-        raise RequestError(f"factors.layers: {error}") from None
+    coverage = find_layers(run.language_model.model, config.factors.patterns)
     if config.index.row_length < len(coverage.layers):
         raise RequestError(
             f"index.bytes_per_sequence is {config.index.bytes_per_sequence}, which in {config.index.encoding} is {config.index.row_length} numbers, "
