@@ -4,7 +4,8 @@ A layer is linear (`nn.Linear`, a subclass, or a Hugging Face `Conv1D`), an embe
 one when they are tied), or a scale (the elementwise weight and bias of a normalisation, known by what it does and not by its class). Whether it
 really takes part, how often, and which layers share an input is found by running the model once.
 
-A model made under torch's `FakeTensorMode`, whose tensors have shapes and no values, is judged alike, by trying copies of its modules on made-up values.
+A model made under torch's `FakeTensorMode`, whose tensors have shapes and no values, is judged alike, by trying copies of its modules on
+made-up values.
 """
 
 import copy

@@ -17,7 +17,6 @@ from ekfac import Coverage, attributable_layers
 from influence.config import ModelConfig
 from influence.errors import RequestError
 
-
 LAYER_TRIAL_LENGTH = 11
 
 

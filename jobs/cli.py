@@ -43,6 +43,7 @@ from jobs.options import (
     open_within,
     with_config_options,
 )
+from jobs.plan import plan
 from jobs.progress import say
 from jobs.remote import ask_server, questions_of
 from jobs.serve import serve, tokens
@@ -249,6 +250,7 @@ def report(
         print(page)
 
 
+app.command()(with_config_options(plan))
 app.command()(evaluate)
 app.command()(serve)
 app.command()(tokens)
