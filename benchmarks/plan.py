@@ -10,11 +10,14 @@ last one, and its memory is the largest that was resident meanwhile.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=list(SIZES), action="append")
-    parser.add_argument("--sequences", type=int, default=1500)
+    parser.add_argument("--sequences", type=int, default=600)
     opts = parser.parse_args()
     for size in opts.size or list(SIZES):
         folder = opts.folder / size
@@ -43,7 +46,7 @@ def main() -> None:
             make_folder(folder, size, opts.sequences)
         settings = ["--model", folder / "model", "--data", folder / "train.jsonl", "--out", folder / "run", "--sequence-length", POSITIONS]
         planned = json.loads(influence("plan", *settings, "--json"))
-        report(size, planned, watch(settings, folder / "run"))
+        report(size, planned["data"]["sequences"], planned, watch(settings, folder / "run"))
 
 
 def make_folder(folder: Path, size: str, count: int) -> None:
@@ -75,42 +78,81 @@ def influence(*arguments: object) -> str:
     return subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}).stdout
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What was seen of the process at a time."""
+
+    time: float
+    resident_bytes: int
+    cpu_seconds: float
+
+
 def watch(settings: Sequence[object], run: Path) -> dict[str, dict[str, float]]:
-    """For each stage of a real run: seconds, bytes on disk, and the most memory that was resident while it went on."""
+    """For each stage of a real run: seconds, seconds of the CPU, bytes on disk, and the most memory that was resident while it went on."""
     words = [sys.executable, "-c", "from jobs.cli import main; main()", "run", *map(str, settings)]
+    shutil.rmtree(run, ignore_errors=True)
     start = time.time()
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    resident: list[tuple[float, int]] = []
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seen: list[Moment] = []
     while process.poll() is None:
-        resident.append((time.time(), _resident(process.pid)))
+        seen += _moment(process.pid)
         time.sleep(POLL_SECONDS)
     if process.returncode:
-        assert process.stderr is not None
-        raise SystemExit(process.stderr.read())
-    ends = {stage: max((path.stat().st_mtime for path in (run / stage).rglob("*")), default=None) for stage in STAGES}
+        raise SystemExit(f"influence run {' '.join(map(str, settings))} ended with status {process.returncode}")
+    ends = {stage: max((path.stat().st_mtime for path in (run / stage).rglob("*")), default=0) for stage in STAGES}
     measured: dict[str, dict[str, float]] = {}
-    begin = max(path.stat().st_mtime for path in [run / "run.json"])
-    measured["start"] = {"seconds": begin - start, "disk": 0, "memory": max((size for when, size in resident if when <= begin), default=0)}
-    for stage, end in sorted(((stage, end) for stage, end in ends.items() if end), key=lambda item: item[1]):
+    for stage, end in [("start", (run / "run.json").stat().st_mtime), *sorted(ends.items(), key=lambda item: item[1])]:
+        during = [moment for moment in seen if start <= moment.time <= end]
         measured[stage] = {
-            "seconds": end - begin,
-            "disk": sum(path.stat().st_size for path in (run / stage).rglob("*") if path.is_file()),
-            "memory": max((size for when, size in resident if begin <= when <= end), default=0),
+            "seconds": end - start,
+            "cpu_seconds": during[-1].cpu_seconds - during[0].cpu_seconds if during else 0,
+            "disk_bytes": sum(path.stat().st_size for path in (run / stage).rglob("*") if path.is_file()),
+            "memory_bytes": max((moment.resident_bytes for moment in during), default=0),
         }
-        begin = end
+        start = end
     return measured
 
 
-def _resident(process: int) -> int:
+def _moment(process: int) -> Iterator[Moment]:
+    """Nothing when the process has just ended."""
     try:
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):  # it has just ended
-        return 0
+        resident = int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    except (OSError, IndexError):
+        return
+    yield Moment(time=time.time(), resident_bytes=resident, cpu_seconds=sum(map(int, times)) / os.sysconf("SC_CLK_TCK"))
 
 
-def report(size: str, planned: object, measured: dict[str, dict[str, float]]) -> None:
-    for stage, facts in measured.items():
-        print(stage, {key: round(value, 2) for key, value in facts.items()})
+def report(size: str, count: int, planned: Mapping[str, Any], measured: Mapping[str, Mapping[str, float]]) -> None:
+    """A table of planned / measured; what is less than a second or a tenth of a MiB is not divided."""
+    print(f"\n{size}: {planned['parameters']['total']:,} parameters, {count} sequences of {planned['data']['tokens']:.0f} tokens\n")
+    print(
+        "| stage | disk, MiB | planned | memory, MiB | planned | CPU, s | (elapsed) | planned | planned / CPU |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    stages = planned["stages"]
+    for stage, facts in [*measured.items(), ("all", _together(measured))]:
+        plan = (
+            stages[stage]
+            if stage in stages
+            else {"disk_bytes": planned["disk_bytes"], "memory_bytes": planned["memory_bytes"], "seconds": planned["seconds"]}
+        )
+        cells = [
+            f"{facts['disk_bytes'] / 2**20:.2f}",
+            f"{plan['disk_bytes'] / 2**20:.2f}",
+            f"{facts['memory_bytes'] / 2**20:.0f}",
+            f"{plan['memory_bytes'] / 2**20:.0f}",
+            f"{facts['cpu_seconds']:.1f}",
+            f"{facts['seconds']:.1f}",
+            f"{plan['seconds']:.1f}",
+            f"{plan['seconds'] / facts['cpu_seconds']:.2f}" if facts["cpu_seconds"] >= 1 else "",
+        ]
+        print(f"| {stage} | {' | '.join(cells)} |", flush=True)
+
+
+def _together(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    every = list(measured.values())
+    sums = {name: sum(facts[name] for facts in every) for name in ("seconds", "cpu_seconds", "disk_bytes")}
+    return {**sums, "memory_bytes": max(facts["memory_bytes"] for facts in every)}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Arithmetic alone: it loads no weights, reads no data and measures nothing. Lette
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -432,7 +432,7 @@ class _Costs:
             "covariances": ids,
             "eigenbases": 0,
             "eigenvalues": ids,
-            "factors": 12 * self.numbers,
+            "factors": (12 if self.groups == 1 else 28) * self.numbers,
             "rows": ids + 24 * most,
             "scans": ids,
             "fidelity": ids + (SKETCH_BYTES + 16 * self.queries) * count,
@@ -571,9 +571,7 @@ def _host_problems(config: Config, stages: Sequence[StagePlan], data: DataSize, 
             continue
         who = "one process" if beside == 1 else f"each of {beside} workers"
         what = f"{stage.name} needs {size_text(stage.memory_bytes)} of memory in {who}; the machine has {size_text(rates.host_bytes)}"
-        few = data.sequences * rates.host_bytes // (stage.memory_bytes * beside)
-        grows = data.sequences * BYTES_PER_ID > stage.memory_bytes // 100
-        found.append(Problem(what=what, changes=(f"several runs of at most {few:,} sequences each",) if grows else ()))
+        found.append(Problem(what=what, changes=tuple(_for_host(stage, beside, data.sequences, rates.host_bytes))))
     shards = next(stage.units for stage in stages if stage.name == "rows")
     if shards > MOST_MAPPED_FILES:
         enough = -(-data.sequences // MOST_MAPPED_FILES)
@@ -584,6 +582,13 @@ def _host_problems(config: Config, stages: Sequence[StagePlan], data: DataSize, 
             )
         )
     return found
+
+
+def _for_host(stage: StagePlan, beside: int, sequences: int, host_bytes: int) -> Iterator[str]:
+    if stage.name in ("sequences", "lexical", "fidelity"):  # what grows with the number of sequences
+        yield f"several runs of at most {sequences * host_bytes // stage.memory_bytes:,} sequences each"
+    elif stage.memory_bytes <= host_bytes:
+        yield f"no more than {host_bytes // stage.memory_bytes} workers on a machine"
 
 
 def _disk_problems(config: Config, stages: Sequence[StagePlan], data: DataSize, free: int | None) -> list[Problem]:

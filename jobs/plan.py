@@ -1,5 +1,6 @@
 """`influence plan`: what a run will cost before it is spent."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,8 +86,6 @@ def plan(
         rates_of(device)
     made = plan_of(load_config(config, overrides), device, training_sequences, tokens_per_sequence)
     if as_json:
-        import json
-
         print(json.dumps(made.to_json(), ensure_ascii=False, allow_nan=False))
     else:
         _print_plan(made)
@@ -94,6 +93,7 @@ def plan(
 
 def _print_plan(made: Plan) -> None:
     console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.width = max(console.width, 100)
     coverage, data, rates = made.coverage, made.data, made.rates
     console.print(
         f"model: {coverage.total:,} parameters, {coverage.share:.1%} of them attributed, in {len(coverage.layers)} layers"
