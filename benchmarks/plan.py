@@ -126,16 +126,11 @@ def _moment(process: int) -> Iterator[Moment]:
 def report(size: str, count: int, planned: Mapping[str, Any], measured: Mapping[str, Mapping[str, float]]) -> None:
     """A table of planned / measured; what is less than a second or a tenth of a MiB is not divided."""
     print(f"\n{size}: {planned['parameters']['total']:,} parameters, {count} sequences of {planned['data']['tokens']:.0f} tokens\n")
-    print(
-        "| stage | disk, MiB | planned | memory, MiB | planned | CPU, s | (elapsed) | planned | planned / CPU |\n|---|---|---|---|---|---|---|---|---|"
-    )
-    stages = planned["stages"]
+    print("| stage | disk, MiB | planned | memory, MiB | planned | CPU, s | (elapsed) | planned | planned / CPU |")
+    print("|---" * 9 + "|")
+    stages = {**planned["stages"], "all": planned}
     for stage, facts in [*measured.items(), ("all", _together(measured))]:
-        plan = (
-            stages[stage]
-            if stage in stages
-            else {"disk_bytes": planned["disk_bytes"], "memory_bytes": planned["memory_bytes"], "seconds": planned["seconds"]}
-        )
+        plan = stages[stage]
         cells = [
             f"{facts['disk_bytes'] / 2**20:.2f}",
             f"{plan['disk_bytes'] / 2**20:.2f}",

@@ -56,6 +56,9 @@ BYTES_PER_ID, LEXICAL_BYTES_PER_WORD, SKETCH_BYTES = 110, 51, 776
 MOST_MAPPED_FILES = 65_530
 """Linux lets a process map so many (vm.max_map_count), and every shard's rows are one."""
 
+RECORD_BYTES, LAYER_BYTES = 520, 260
+"""On disk: what tells of a unit's files beside them, with their headers; and a layer in layers.json."""
+
 WORKERS_OF_A_MACHINE = 8
 """So many share a machine's memory, as GPUs do in NVIDIA's DGX."""
 
@@ -279,7 +282,7 @@ class _Costs:
             "start": (1, 0, Work(seconds=START_SECONDS + self.shape.parameter_bytes / LOADING_BYTES_PER_SECOND)),
             "sequences": (1, data.sequences * data.stored_bytes, Work(seconds=data.sequences * data.seconds)),
             "lexical": (1, data.sequences * data.lexical_bytes, Work(seconds=data.sequences * data.lexical_seconds)),
-            "layers": (1, 450 * len(self.layers), Work(seconds=self.shape.parameter_bytes / LOADING_BYTES_PER_SECOND)),
+            "layers": (1, LAYER_BYTES * len(self.layers), Work(seconds=self.shape.parameter_bytes / LOADING_BYTES_PER_SECOND)),
             "covariances": (
                 groups,
                 groups * sums["covariances"],
@@ -302,7 +305,7 @@ class _Costs:
                 scans,
                 (self.query_work() + self.solve_work()) * (self.queries * shards) + self.scan_work() * data.sequences + read,
             ),
-            "fidelity": (1 if self.queries else 0, 2048, sum(measured, Work()) * self.queries + self.index_work()),
+            "fidelity": (1 if self.queries else 0, 500, sum(measured, Work()) * self.queries + self.index_work()),
         }
         return [self._stage(name, units, disk, done) for name, (units, disk, done) in work.items() if units]
 
@@ -314,7 +317,7 @@ class _Costs:
             units=units,
             memory_bytes=int(on_host),
             device_bytes=int(on_device),
-            disk_bytes=int(disk),
+            disk_bytes=int(disk) + (RECORD_BYTES * units if disk else 0),
             operations=work.operations,
             seconds=work.time(self.rates, self.shape.bytes_per_number < 4) * rounds / units,
         )
