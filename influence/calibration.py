@@ -4,12 +4,12 @@ Knows no model: the caller says of which sizes its products and eigendecompositi
 """
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from influence.errors import RequestError
 
@@ -99,7 +99,7 @@ def rates_of(device: str) -> Rates:
 def measure(product: tuple[int, int], eigen_size: int, dtype: str) -> Rates:
     """The rates of this machine, from products [1024, I] @ [I, O] for `product` (I, O) and an eigendecomposition of about that size.
 
-    Takes a few seconds. On a machine that others use at the same time, the best moment counts.
+    Takes a few seconds. On a machine that others use at the same time, it is measured as it is just now.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -152,8 +152,8 @@ def _stream_rate(device: torch.device) -> float:
 MEASURING_SECONDS, MOST_TRIES = 0.8, 200
 
 
-def _seconds(work: Callable[[], Tensor | object], device: torch.device) -> float:
-    """The shortest time that `work` took, after a first one."""
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The median of the times that `work` took, after a first one."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -166,4 +166,4 @@ def _seconds(work: Callable[[], Tensor | object], device: torch.device) -> float
     times = [once()]
     while sum(times) < MEASURING_SECONDS and len(times) < MOST_TRIES:
         times.append(once())
-    return min(times)
+    return statistics.median(times)

@@ -56,7 +56,7 @@ BYTES_PER_ID, LEXICAL_BYTES_PER_WORD, SKETCH_BYTES = 110, 51, 776
 MOST_MAPPED_FILES = 65_530
 """Linux lets a process map so many (vm.max_map_count), and every shard's rows are one."""
 
-RECORD_BYTES, LAYER_BYTES = 520, 260
+RECORD_BYTES, LAYER_BYTES = 360, 260
 """On disk: what tells of a unit's files beside them, with their headers; and a layer in layers.json."""
 
 WORKERS_OF_A_MACHINE = 8
