@@ -231,6 +231,7 @@ def plan(config: Config, shape: ModelShape, data: DataSize, rates: Rates, free_d
     needed = shape.use.smallest(config.data.sequence_length)
     problems = [
         *_memory_problems(config, shape, rates, needed),
+        *(_device_problems(stages, rates) if needed <= config.resources.memory_budget else ()),
         *_row_problems(config, shape.coverage),
         *_host_problems(config, stages, data, rates),
         *_disk_problems(config, stages, data, free_disk),
@@ -496,6 +497,19 @@ def _memory_problems(config: Config, shape: ModelShape, rates: Rates, needed: in
     held = f"the model, the factors of all its layers and one sequence need {size_text(needed)} in a worker"
     what = f"{held}; resources.memory_budget is {size_text(budget)}"
     return [Problem(what=what + (f", and {of}" if device is not None and needed > device else ""), changes=tuple(changes))]
+
+
+def _device_problems(stages: Sequence[StagePlan], rates: Rates) -> Iterator[Problem]:
+    """Stages that hold more on a GPU than the budget counts: gradients of queries, and what an eigendecomposition works with."""
+    for stage in stages:
+        if rates.kind == "cuda" and rates.memory_bytes is not None and stage.device_bytes > rates.memory_bytes:
+            what = (
+                f"{stage.name} needs {size_text(stage.device_bytes)} of GPU memory, and {rates.device} has {size_text(rates.memory_bytes)}"
+            )
+            change = (
+                "ask no sample queries: --recall-queries 0" if stage.name in ("scans", "fidelity") else "leave layers out: --layers GLOB"
+            )
+            yield Problem(what=what, changes=(change, "lower resources.memory_budget, on which batches and queries depend"))
 
 
 def _smaller(config: Config, shape: ModelShape, limit: int, budget: int) -> list[str]:
