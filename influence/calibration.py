@@ -79,9 +79,9 @@ _DEVICES = (
         kind="cpu",
         half_products=20e9,
         products=80e9,
-        eigen=4e9,
-        elementwise=0.2e9,
-        stream=8e9,
+        eigen=5e9,
+        elementwise=0.3e9,
+        stream=15e9,
         memory_bytes=None,
         host_bytes=None,
     ),
@@ -153,7 +153,7 @@ MEASURING_SECONDS, LEAST_TRIES, MOST_TRIES = 0.8, 3, 200
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The median of the times that `work` took, after a first one. On a CPU, of this thread's own time: others who use the machine are not counted."""
+    """The median of the times that `work` took, after a first one. On a CPU it is this thread's own time, without that of others."""
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
 
     def once() -> float:

@@ -79,8 +79,8 @@ def _stored(sample: Iterable[Document], more: float, tokenizer: Any, config: Dat
     )
 
 
-def assumed(sequences: int, tokens: float) -> DataSize:
-    """So many sequences of English text, none of which was seen: a token takes 4 bytes on disk with its text, every second word is a new one."""
+def assumed(sequences: int, tokens: float, basis: str) -> DataSize:
+    """So many sequences of English text, none of which was seen: a token takes 4 bytes on disk with its text, and every second one is a new word."""
     return DataSize(
         sequences=sequences,
         tokens=tokens,
@@ -90,7 +90,7 @@ def assumed(sequences: int, tokens: float) -> DataSize:
         words=tokens / 2,
         seconds=8e-6 * tokens,
         lexical_seconds=2e-6 * tokens,
-        basis="no data read",
+        basis=basis,
     )
 
 

@@ -19,7 +19,7 @@ from influence.batches import BatchBudget, MemoryUse, budget_beside, memory_use,
 from influence.calibration import Rates
 from influence.config import Config
 from influence.data_size import DataSize
-from influence.run import fit_sizes
+from influence.run import MOST_FIT_GROUPS, fit_sizes
 
 # Measured on the runs of benchmarks/plan.py (benchmarks/NOTES.md).
 
@@ -53,6 +53,9 @@ READING_SECONDS_PER_TOKEN = 4e-7
 BYTES_PER_ID, LEXICAL_BYTES_PER_WORD, SKETCH_BYTES = 110, 51, 776
 """Memory for a sequence's id, for a posting while the lexical index is made, and for a row's sketch while the index is measured."""
 
+SEARCH_SECONDS = 2.5e-7
+"""For a row's sketch, on one core."""
+
 MOST_MAPPED_FILES = 65_530
 """Linux lets a process map so many (vm.max_map_count), and every shard's rows are one."""
 
@@ -61,9 +64,6 @@ RECORD_BYTES, LAYER_BYTES = 360, 260
 
 WORKERS_OF_A_MACHINE = 8
 """So many share a machine's memory, as GPUs do in NVIDIA's DGX."""
-
-FIT_GROUPS = 8
-"""Units of the passes that fit factors, at most; each leaves sums as large as the factors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +262,7 @@ class _Costs:
         wanted = fit_sizes(self.layers, data.counted_tokens, config.factors.sequences)
         self.fitted_on = {stage: min(count, data.sequences) for stage, count in wanted.items()}
         self.shards = max(1, math.ceil(data.sequences / config.data.sequences_per_shard))
-        self.groups = min(FIT_GROUPS, self.shards)
+        self.groups = min(MOST_FIT_GROUPS, self.shards)
         self.queries = config.index.recall_queries if data.sequences > 1 else 0
         budget = budget_beside(shape.use, config.resources.memory_budget, rates.kind)
         self.batch = largest_batch(budget, math.ceil(self.tokens), math.ceil(max(self.fitted_on["eigenvalues"] / self.groups, 1)))
@@ -342,17 +342,13 @@ class _Costs:
         )
 
     def eigenvalue_work(self) -> Work:
-        made = self.rotated()
-        return (
-            self.capture_work(DRAWN_LOGIT_PASSES)
-            + made
-            + Work(streamed=EIGENVALUE_BYTES * self.gradient_numbers() + SUM_BYTES * self.numbers / self.batch)
-        )
+        streamed = EIGENVALUE_BYTES * self.gradient_numbers() + SUM_BYTES * self.numbers / self.batch
+        return self.capture_work(DRAWN_LOGIT_PASSES) + self.rotated() + Work(streamed=streamed)
 
     def row_work(self) -> Work:
         """As corrected eigenvalues, with spreading in place of squares, and the transform of the row."""
-        mixed = 4 * self.row.length * math.log2(max(2, self.row.length))
-        return self.query_work() + Work(streamed=ROW_BYTES * self.gradient_numbers(), elementwise=mixed / 16 + self.row.length)
+        mixed = self.row.length * (1 + math.log2(max(2, self.row.length)) / 4)
+        return self.query_work() + Work(streamed=ROW_BYTES * self.gradient_numbers(), elementwise=mixed)
 
     def query_work(self) -> Work:
         """One measurement's gradient in the eigenbasis."""
@@ -373,7 +369,7 @@ class _Costs:
     def index_work(self) -> Work:
         """Two indexes of all rows are made and searched at both ends; the scores of a sample are estimated from whole rows."""
         count, sample = self.data.sequences, min(10_000, self.data.sequences)
-        searched = 4 * self.queries * count * 250e-9
+        searched = 4 * self.queries * count * SEARCH_SECONDS
         return Work(
             stored=2 * count * self.row.bytes_per_row,
             seconds=searched,

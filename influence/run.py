@@ -36,6 +36,9 @@ TOKENS_PER_DIMENSION = 64
 MIN_FITTED = 1000
 """Sequences for corrected eigenvalues, when the settings do not say how many: as above, .999 with half of the sequences, .9996 without embeddings."""
 
+MOST_FIT_GROUPS = 8
+"""Units of the passes that fit factors, at most: each leaves sums as large as the factors on disk."""
+
 SAMPLE_SIZE = 10_000
 
 

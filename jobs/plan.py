@@ -18,7 +18,6 @@ from influence.model import find_layers, load_tokenizer, longest_sequence, model
 from influence.plan import ModelShape, Plan, covariance_sizes, model_shape, size_text
 from influence.plan import plan as planned
 from jobs.options import Debug, Json
-from jobs.progress import say
 
 
 def plan_of(config: Config, device: str | None, sequences: int | None, tokens: float | None) -> Plan:
@@ -46,7 +45,7 @@ def _data_size(config: Config, sequences: int | None, tokens: float | None) -> D
     except RequestError as error:
         if sequences is None:
             raise RequestError(f"how large the data is cannot be told: {error}; --training-sequences says how many there will be") from None
-        return assumed(sequences, tokens or float(config.data.sequence_length))
+        return assumed(sequences, tokens or float(config.data.sequence_length), f"no data read: {error}")
     return resized(found, sequences, tokens) if sequences or tokens else found
 
 
@@ -82,8 +81,6 @@ def plan(
     overrides: dict[str, Any],
 ) -> None:
     """What a run will cost before it is spent: memory, disk and time of each stage, and what does not fit. Loads no weights."""
-    if device is not None:
-        rates_of(device)
     made = plan_of(load_config(config, overrides), device, training_sequences, tokens_per_sequence)
     if as_json:
         print(json.dumps(made.to_json(), ensure_ascii=False, allow_nan=False))
@@ -124,10 +121,10 @@ def _print_plan(made: Plan) -> None:
         console.print(Text(f"does not fit: {problem.what}"))
         for change in problem.changes:
             console.print(Text(f"  {change}"))
-    if made.problems:
-        say("this run does not fit as it is configured")
-    else:
+    if made.fits:
         console.print(f"fits: a worker needs a memory budget of {size_text(made.needed_bytes)} at least")
+    else:
+        console.print("this run does not fit as it is configured")
 
 
 def _excluded(excluded: dict[str, str]) -> str:

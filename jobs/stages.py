@@ -58,12 +58,11 @@ from influence.model import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
-from influence.run import Run
+from influence.run import MOST_FIT_GROUPS, Run
 from influence.run_directory import RunDirectory
 from influence.sequences import TrainingSequence, tokenize, write_sequences
 
 Write = Callable[[Path], None]
-MOST_FIT_GROUPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
