@@ -183,7 +183,7 @@ class Plan:
     workers: int
     fitted_on: dict[str, int]
     factor_groups: int
-    """In how many groups the layers' factors are held one after the other: all in one."""
+    """In how many groups the layers' factors are held, one after the other."""
     needed_bytes: int
     """What `resources.memory_budget` must be at least."""
     batch_sequences: int
@@ -242,7 +242,7 @@ def plan(config: Config, shape: ModelShape, data: DataSize, rates: Rates, free_d
         rates=rates,
         workers=max(1, config.resources.workers),
         fitted_on=costs.fitted_on,
-        factor_groups=1,
+        factor_groups=len(costs.held_at_once),
         needed_bytes=needed,
         batch_sequences=costs.batch if needed <= config.resources.memory_budget else 0,
         stages=tuple(stages),
@@ -268,6 +268,7 @@ class _Costs:
         self.batch = largest_batch(budget, math.ceil(self.tokens), math.ceil(max(self.fitted_on["eigenvalues"] / self.groups, 1)))
         self.numbers = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         self.covariances = covariance_sizes(self.layers)
+        self.held_at_once = factor_groups(self.layers)
         self.at_once = max(1, min(self.queries, config.resources.memory_budget // 4 // (8 * self.numbers)))
         self.row = RowFormat(encoding=config.index.encoding, length=min(config.index.row_length, self.numbers))
 
@@ -324,14 +325,15 @@ class _Costs:
         )
 
     def capture_work(self, logit_passes: float) -> Work:
-        """A forward pass and the backward pass of activations, for one sequence."""
+        """A forward pass and the backward pass of activations, for one sequence, once for each group of layers."""
         tokens, shape = self.tokens, self.shape
         attention = (4 + 8) * tokens**2 * shape.attention_width
         width = sum(layer.inputs + layer.outputs if layer.kind == "linear" else layer.shape[1] for layer in self.layers)
-        return Work(
+        once = Work(
             model_products=4 * shape.products_per_token * tokens + attention,
             elementwise=tokens * (ACTIVATION_PASSES * width * shape.bytes_per_number / 4 + logit_passes * shape.vocabulary),
         )
+        return once * len(self.held_at_once)
 
     def covariance_work(self) -> Work:
         """For one sequence: the upper triangles of sums of outer products, in panels of 256 columns, which are added once a batch."""
@@ -406,7 +408,8 @@ class _Costs:
     def memory(self, stage: str) -> tuple[float, float]:
         """Bytes of the machine's memory and of the GPU's at the peak of a stage, in one worker. What a pass has freed stays with the process."""
         on_gpu = self.rates.kind == "cuda"
-        square = sum(size**2 for size in self.covariances.values())
+        square = max(sum(size**2 for size in covariance_sizes(group).values()) for group in self.held_at_once)
+        numbers = max(sum(layer.shape[0] * layer.shape[1] for layer in group) for group in self.held_at_once)
         widest, count = max(self.covariances.values(), default=0), self.data.sequences
         model, most = self.shape.parameter_bytes, max(layer.shape[0] * layer.shape[1] for layer in self.layers)
         tokens = max(1, self.batch) * self.tokens
@@ -415,12 +418,12 @@ class _Costs:
         gradients = 4 * 3 * min(max(1, self.batch) * most, max(BLOCK_NUMBERS, self._largest_linear() * max(1, self.batch)))
         vectors, ids = 4 * square, BYTES_PER_ID * count
         made = captured + gradients
-        factors = vectors + 12 * self.numbers  # and, for every weight, its eigenvalue, its inverse and its weight in rows
-        asked = 4 * self.at_once * self.numbers
+        factors = vectors + 12 * numbers  # and, for every weight, its eigenvalue, its inverse and its weight in rows
+        asked = 4 * self.at_once * numbers
         held = {
             "covariances": captured + 8 * square,
             "eigenbases": captured + EIGEN_BYTES * widest**2,
-            "eigenvalues": made + vectors + 8 * self.numbers,
+            "eigenvalues": made + vectors + 8 * numbers,
             "factors": made + vectors,
             "rows": made + factors,
             "scans": made + factors + asked,
@@ -437,7 +440,7 @@ class _Costs:
             "scans": ids,
             "fidelity": ids + (SKETCH_BYTES + 16 * self.queries) * count,
         }
-        read = {"covariances": 8 * square, "eigenbases": 16 * widest**2, "eigenvalues": 8 * self.numbers}.get(stage, 0)
+        read = {"covariances": 8 * square, "eigenbases": 16 * widest**2, "eigenvalues": 8 * numbers}.get(stage, 0)
         process = PROCESS_BYTES + beside.get(stage, 0)
         if stage in ("sequences", "lexical"):
             return process, 0
@@ -448,6 +451,11 @@ class _Costs:
 
     def _largest_linear(self) -> int:
         return max((layer.shape[0] * layer.shape[1] for layer in self.layers if layer.kind == "linear"), default=0)
+
+
+def factor_groups(layers: Sequence[Layer]) -> list[Sequence[Layer]]:
+    """The layers whose factors a worker holds at the same time: all of them."""
+    return [layers]
 
 
 def covariance_sizes(layers: Iterable[Layer]) -> dict[str, int]:

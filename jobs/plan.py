@@ -99,7 +99,7 @@ def _print_plan(made: Plan) -> None:
     console.print(f"data: {data.sequences:,} sequences of {data.tokens:,.0f} tokens ({data.basis})")
     console.print(
         f"fit on {made.fitted_on['covariances']:,} sequences (covariances) and {made.fitted_on['eigenvalues']:,} (eigenvalues); "
-        f"batches of {made.batch_sequences} sequences; factors of all layers at once"
+        f"batches of {made.batch_sequences} sequences; factors of {_groups(made.factor_groups)}"
     )
     console.print(f"{made.workers} {'worker' if made.workers == 1 else 'workers'}, each: {_rates(rates)}")
     on_gpu = rates.kind == "cuda"
@@ -135,6 +135,10 @@ def _excluded(excluded: dict[str, str]) -> str:
         reasons.setdefault(reason, []).append(name)
     some = (f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in reasons.items())
     return "; not attributed: " + "; ".join(some)
+
+
+def _groups(count: int) -> str:
+    return "all layers at once" if count == 1 else f"{count} groups of layers, one after the other"
 
 
 def _rates(rates: Rates) -> str:
