@@ -29,6 +29,9 @@ PROCESS_BYTES = 740 * 10**6
 ACTIVATIONS_OF_WIDTH, COPIES_OF_LOGITS = 1.1, 8
 """What a forward and backward pass holds for a token, beside the widths that `batches` counts and the vocabulary."""
 
+SHARE_KEPT = 0.7
+"""Of what a pass has freed, what the process still holds in the stages after it."""
+
 LOGIT_PASSES, DRAWN_LOGIT_PASSES, ACTIVATION_PASSES = 2.6, 4.0, 1.7
 """The loss, the loss with drawn labels, and a layer's surroundings, for each logit and each number into and out of a layer: `Rates.elementwise`."""
 
@@ -44,7 +47,7 @@ EIGEN_BYTES = 56
 DISK_BYTES_PER_SECOND = 5e8
 """With the checksum of what is written."""
 
-START_SECONDS, LOADING_BYTES_PER_SECOND = 8.0, 5e8
+START_SECONDS, LOADING_BYTES_PER_SECOND = 9.0, 5e8
 """The interpreter and its libraries; and reading weights, checking them and taking their fingerprint."""
 
 READING_SECONDS_PER_TOKEN = 4e-7
@@ -406,7 +409,7 @@ class _Costs:
     # memory
 
     def memory(self, stage: str) -> tuple[float, float]:
-        """Bytes of the machine's memory and of the GPU's at the peak of a stage, in one worker. What a pass has freed stays with the process."""
+        """Bytes of the machine's memory and of the GPU's at the peak of a stage, in one worker. Most of what a pass has freed stays with the process."""
         on_gpu = self.rates.kind == "cuda"
         square = max(sum(size**2 for size in covariance_sizes(group).values()) for group in self.held_at_once)
         numbers = max(sum(layer.shape[0] * layer.shape[1] for layer in group) for group in self.held_at_once)
@@ -422,9 +425,9 @@ class _Costs:
         asked = 4 * self.at_once * numbers
         held = {
             "covariances": captured + 8 * square,
-            "eigenbases": captured + EIGEN_BYTES * widest**2,
+            "eigenbases": SHARE_KEPT * captured + EIGEN_BYTES * widest**2,
             "eigenvalues": made + vectors + 8 * numbers,
-            "factors": made + vectors,
+            "factors": SHARE_KEPT * made + vectors,
             "rows": made + factors,
             "scans": made + factors + asked,
             "fidelity": made + factors + asked,
