@@ -409,7 +409,7 @@ class _Costs:
     # memory
 
     def memory(self, stage: str) -> tuple[float, float]:
-        """Bytes of the machine's memory and of the GPU's at the peak of a stage, in one worker. Most of what a pass has freed stays with the process."""
+        """Bytes of the machine's memory and of the GPU's that one worker holds at the peak of a stage."""
         on_gpu = self.rates.kind == "cuda"
         square = max(sum(size**2 for size in covariance_sizes(group).values()) for group in self.held_at_once)
         numbers = max(sum(layer.shape[0] * layer.shape[1] for layer in group) for group in self.held_at_once)
