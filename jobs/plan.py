@@ -41,7 +41,10 @@ def plan_of(config: Config, device: str | None, sequences: int | None, tokens: f
 def _data_size(config: Config, sequences: int | None, tokens: float | None) -> DataSize:
     """From the data's files where they and the tokenizer are there, else from what was given."""
     try:
-        found = sampled(config.data, load_tokenizer(config.model))
+        tokenizer = load_tokenizer(config.model)
+        if len(tokenizer) < 2:  # transformers makes an empty one where there is nothing but config.json
+            raise RequestError(f"no tokenizer can be loaded from {config.model.name!r}: its files are missing")
+        found = sampled(config.data, tokenizer)
     except RequestError as error:
         if sequences is None:
             raise RequestError(f"how large the data is cannot be told: {error}; --training-sequences says how many there will be") from None

@@ -89,12 +89,12 @@ def test_memory_is_that_of_the_run(influence: Influence, world: World, tmp_path:
     assert found["memory_bytes"] == pytest.approx(usage.ru_maxrss * 1024, rel=0.2)
 
 
-def tiny_plan(world: World, tmp_path: Path, **changes: Any) -> Plan:
+def tiny_plan(world: World, tmp_path: Path, sequences: int = 40, **changes: Any) -> Plan:
     flat = {f"{section}.{key}": value for section, keys in world.settings(tmp_path, **changes).items() for key, value in keys.items()}
     config = load_config(None, flat)
     model = model_without_weights(config.model)
     shape = model_shape(model, find_layers(model, config.factors.patterns))
-    return plan(config, shape, assumed(40, 20.0, "made up"), rates_of("cpu"), None)
+    return plan(config, shape, assumed(sequences, 20.0, "made up"), rates_of("cpu"), None)
 
 
 def test_the_least_memory_that_is_planned_is_the_least_that_is_accepted(world: World, finished: Path, tmp_path: Path) -> None:
@@ -105,19 +105,19 @@ def test_the_least_memory_that_is_planned_is_the_least_that_is_accepted(world: W
 
 
 def test_a_run_that_is_changed_as_advised_fits(world: World, tmp_path: Path) -> None:
-    too_little = tiny_plan(world, tmp_path, resources={"memory_budget": 200_000})
+    too_little = tiny_plan(world, tmp_path, resources={"memory_budget": 700_000})
     assert not too_little.fits
     (problem,) = too_little.problems
     raised, layers, half = problem.changes[0], problem.changes[1], problem.changes[2]
     (size,) = re.findall(r"--memory-budget (\S+)", raised)
     assert tiny_plan(world, tmp_path, resources={"memory_budget": size}).fits
     globs = re.findall(r"--layers '([^']+)'", layers)
-    fewer = tiny_plan(world, tmp_path, resources={"memory_budget": 200_000}, factors={"layers": globs})
+    fewer = tiny_plan(world, tmp_path, resources={"memory_budget": 700_000}, factors={"layers": globs})
     assert fewer.fits
     assert f"{fewer.coverage.share:.1%}" in layers
     globs = re.findall(r"--layers '([^']+)'", half)
     changes = {"model": {"dtype": "bfloat16"}, "factors": {"layers": globs or ["all"]}}
-    assert tiny_plan(world, tmp_path, resources={"memory_budget": 200_000}, **changes).fits
+    assert tiny_plan(world, tmp_path, resources={"memory_budget": 700_000}, **changes).fits
 
 
 def test_rows_too_short_for_the_layers_are_told_with_the_bytes_that_do(world: World, tmp_path: Path) -> None:
@@ -188,12 +188,16 @@ def test_70_billion_parameters_and_a_billion_sequences_are_planned_in_little_mem
     assert any("--sequences-per-shard" in change for problem in found["problems"] for change in problem["changes"])
 
 
-def test_workers_share_what_has_several_units(world: World, influence: Influence, tmp_path: Path) -> None:
-    many = ("--training-sequences", 16 * 1000)
-    alone = planned(influence, world, tmp_path, *many)["stages"]
-    shared = planned(influence, world, tmp_path, *many, resources={"workers": 4})["stages"]
-    assert shared["rows"]["seconds"] == pytest.approx(alone["rows"]["seconds"] / 4)
-    assert shared["lexical"] == alone["lexical"]
+def test_workers_share_what_has_several_units(world: World, tmp_path: Path) -> None:
+    seconds = [
+        {stage.name: stage.seconds for stage in tiny_plan(world, tmp_path, sequences=16 * 1000, resources={"workers": count}).stages}
+        for count in (1, 4, 5000)
+    ]
+    alone, shared, crowded = seconds
+    assert shared["rows"] == pytest.approx(alone["rows"] / 4)
+    assert crowded["rows"] == pytest.approx(alone["rows"] / 1000)
+    assert crowded["covariances"] == pytest.approx(alone["covariances"] / 8)
+    assert alone["lexical"] == shared["lexical"] == crowded["lexical"]
 
 
 def test_this_machine_is_measured() -> None:
@@ -219,8 +223,8 @@ def test_a_plan_for_people_ends_with_whether_it_fits(influence: Influence, world
     ("options", "message"),
     [
         (["--device", "abacus"], "'abacus' is not known; there are: a100, h100, h200"),
-        (["--training-sequences", "many"], "'many' is not a valid integer"),
-        (["--training-sequences", "0"], "0 is not in the range"),
+        (["--training-sequences", "many"], "Invalid value for '--training-sequences'"),
+        (["--training-sequences", "0"], "Invalid value for '--training-sequences'"),
         (["--tokens-per-sequence", "33"], "more than data.sequence_length, 32"),
         (["--data", "nowhere.jsonl"], "--training-sequences says how many"),
         (["--layers", "*.nothing"], "no attributable layer matches '*.nothing'"),
