@@ -3,6 +3,9 @@
 A layer is linear (`nn.Linear`, a subclass, or a Hugging Face `Conv1D`), an embedding (a table that is looked up, the model's head, or both in
 one when they are tied), or a scale (the elementwise weight and bias of a normalisation, known by what it does and not by its class). Whether it
 really takes part, how often, and which layers share an input is found by running the model once.
+
+A model made under torch's `FakeTensorMode`, whose tensors have shapes and no values, is judged alike, by trying copies of its modules on
+made-up values.
 """
 
 import copy
@@ -14,6 +17,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 MAX_FACTOR_SIZE = 20_480
@@ -160,7 +164,8 @@ def _judged(names: tuple[str, ...], modules: dict[str, nn.Module], calls: dict[s
     if len(names) > 1 and not (len(tables) == len(linear) == 1 and isinstance(modules[linear[0]], nn.Linear)):
         return f"{', '.join(names)} share their parameters, but are not an embedding and its head"
     if tables:
-        return _embedding(names, tables[0], linear, modules, calls[tables[0]][0])
+        table, call = _with_values(modules[tables[0]], calls[tables[0]][0])
+        return _embedding(names, table, linear, modules, call)
     if linear:
         return _linear(names[0], modules[names[0]], head)
     lengths = {
@@ -169,8 +174,29 @@ def _judged(names: tuple[str, ...], modules: dict[str, nn.Module], calls: dict[s
     return _scale(names[0], modules[names[0]], calls[names[0]][0], lengths)
 
 
-def _embedding(names: tuple[str, ...], table: str, heads: list[str], modules: dict[str, nn.Module], call: _Call) -> Layer | str:
-    weight: Any = modules[table].weight
+def _with_values(module: nn.Module, call: _Call) -> tuple[nn.Module, _Call]:
+    """The module and its call; where tensors have no values, those of a copy of the module with made-up values."""
+    if not isinstance(call.output, FakeTensor):
+        return module, call
+    values: dict[int, Any] = {id(p): nn.Parameter(_made_up(p), requires_grad=False) for p in module.parameters()}
+    values |= {id(b): _made_up(b) if b.constant is None else b.constant for b in module.buffers() if isinstance(b, FakeTensor)}
+    twin, inputs = copy.deepcopy(module, values), _made_up(call.inputs)
+    return twin, _Call(inputs=inputs, alone=call.alone, output=twin(inputs))
+
+
+def _made_up(like: Tensor) -> Tensor:
+    """Values for a tensor of which only the shape is known: 0, 1, 2, … where they are whole numbers, else rows of a sine that all differ.
+
+    The rows overlap in memory, so that those of the largest table take little.
+    """
+    if not like.is_floating_point():
+        return torch.arange(like.numel()).reshape(like.shape)
+    wave = torch.sin(torch.arange(1.0, 2 + sum(size - 1 for size in like.shape)))
+    return wave.to(like.dtype).as_strided(like.shape, (1,) * like.ndim)
+
+
+def _embedding(names: tuple[str, ...], table: nn.Module, heads: list[str], modules: dict[str, nn.Module], call: _Call) -> Layer | str:
+    weight: Any = table.weight
     if call.inputs.is_floating_point() or not bool(((call.inputs >= 0) & (call.inputs < len(weight))).all()):
         return "embedding: not called with the numbers of its rows"
     rows = weight[call.inputs.long()].detach()
@@ -217,6 +243,8 @@ def _scale(name: str, module: nn.Module, call: _Call, lengths: set[int]) -> Laye
         return f"{type(module).__name__}: takes more than one argument"
     if call.inputs.ndim > 3 and (call.inputs.shape[1] not in lengths or call.inputs.shape[2] in lengths):
         return f"{type(module).__name__}: its input has no position as its second dimension"
+    module, call = _with_values(module, call)
+    own = dict(module.named_parameters(recurse=False))
     inputs = call.inputs.to(torch.promote_types(call.inputs.dtype, torch.float32))
     trial = torch.linspace(0.5, 1.5, call.output.shape[-1]).to(inputs)
     rest = with_parameters(module, inputs.dtype, 0.0, 0.0)(inputs)

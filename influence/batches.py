@@ -114,7 +114,11 @@ def batch_budget(use: MemoryUse, memory_budget: int, sequence_length: int, devic
             "resources.memory_budget is too small: the model, the factors of its largest layer and one sequence need "
             f"{-(-use.smallest(sequence_length) // 2**20):,} MiB (--memory-budget raises it; factors.layers leaves layers out)"
         )
-    groups = layer_groups(use, memory_budget, sequence_length, device)
+    return budget_beside(use, layer_groups(use, memory_budget, sequence_length, device), memory_budget, device)
+
+
+def budget_beside(use: MemoryUse, groups: Sequence[Sequence[Layer]], memory_budget: int, device: str) -> BatchBudget:
+    """What is left for a batch beside the model and the factors of the largest group; nothing, where the memory does not suffice."""
     return BatchBudget(
         max_tokens=MAX_TOKENS[device],
         memory_bytes=memory_budget - use.model_bytes - max(map(factor_bytes, groups)),

@@ -1,17 +1,23 @@
-"""Loading a causal language model and its tokenizer, and the fingerprints by which they are known again."""
+"""Loading a causal language model and its tokenizer, the fingerprints by which they are known again, and finding the model's layers."""
 
 import hashlib
 import json
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ekfac import Coverage, attributable_layers
 from influence.config import ModelConfig
 from influence.errors import RequestError
+
+LAYER_TRIAL_LENGTH = 11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,45 @@ def load_model(config: ModelConfig) -> LanguageModel:
             raise RequestError(f"the model's weights are not finite: {name} holds NaN or infinity")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return LanguageModel(model=model.eval().to(device), tokenizer=load_tokenizer(config))
+
+
+def model_without_weights(config: ModelConfig) -> nn.Module:
+    """The model as its config.json describes it, on the CPU, of tensors that have shapes and no values and take no memory.
+
+    Raises RequestError when there is no configuration of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if Path(config.name).is_absolute() and not (Path(config.name) / "config.json").is_file():
+        raise RequestError(f"there is no config.json in {config.name}, which says what the model is like; its weights are not needed")
+    try:
+        described = AutoConfig.from_pretrained(config.name, revision=config.revision)
+        with FakeTensorMode():
+            model: Any = AutoModelForCausalLM.from_config(described, dtype=getattr(torch, config.dtype))
+            model.set_experts_implementation("batched_mm")  # the one whose shapes do not depend on values
+    except Exception as error:  # what a model's own code raises over sizes that do not go together can be anything
+        raise RequestError(f"no causal language model is described by {config.name!r}: {_first_line(error)}") from None
+    model.eval()
+    return cast(nn.Module, model)
+
+
+def find_layers(model: nn.Module, patterns: Sequence[str]) -> Coverage:
+    """The model's attributable layers that match one of the patterns, found by running it once; it may be one without weights.
+
+    Raises RequestError for a pattern that matches none.
+    """
+    some = next(model.parameters())
+
+    def call(model: nn.Module) -> None:
+        # Rows of the embedding that are not zero, as the padding's may be; and a length that is hardly a number of heads.
+        with getattr(some, "fake_mode", nullcontext()):
+            tokens = torch.arange(1, 1 + min(LAYER_TRIAL_LENGTH, longest_sequence(model) or LAYER_TRIAL_LENGTH), device=some.device)
+            model(input_ids=(tokens % embedded_tokens(model))[None], use_cache=False)
+
+    try:
+        return attributable_layers(model, call, patterns)
+    except ValueError as error:
+        raise RequestError(f"factors.layers: {error}") from None
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

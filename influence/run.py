@@ -55,6 +55,9 @@ TOKENS_PER_DIMENSION = 64
 MIN_FITTED = 1000
 """Sequences for corrected eigenvalues, when the settings do not say how many: as above, .999 with half of the sequences, .9996 without embeddings."""
 
+MOST_FIT_GROUPS = 8
+"""Units of the passes that fit factors, at most: each leaves sums as large as the factors on disk."""
+
 SAMPLE_SIZE = 10_000
 
 
@@ -321,16 +324,9 @@ class Run:
 
     @cached_property
     def fitted_on(self) -> dict[str, int]:
-        """How many sequences each pass of the fit takes, by its stage's name: what the settings say, or else as many as are enough.
-
-        An eigenbasis needs tokens in proportion to the widest covariance, corrected eigenvalues need MIN_FITTED sequences at least.
-        """
-        if self.factors_config.sequences is not None:
-            return dict.fromkeys(("covariances", "eigenvalues"), self.factors_config.sequences)
-        widths = [max(layer.shape) if layer.kind == "linear" else layer.shape[1] for layer in self.coverage.layers]
+        """How many sequences each pass of the fit takes, by its stage's name."""
         tokens_per_sequence = self.training.summary["counted_tokens"] / len(self.training)
-        enough = math.ceil(TOKENS_PER_DIMENSION * max(widths) / tokens_per_sequence)
-        return {"covariances": enough, "eigenvalues": max(enough, MIN_FITTED)}
+        return fit_sizes(self.coverage.layers, tokens_per_sequence, self.factors_config.sequences)
 
     @cached_property
     def fitted(self) -> dict[str, NDArray[np.bool_]]:
@@ -491,6 +487,18 @@ class Run:
                 texts.append(text)
                 pending = []
         return texts
+
+
+def fit_sizes(layers: Sequence[Layer], tokens_per_sequence: float, wanted: int | None) -> dict[str, int]:
+    """How many sequences of so many counted tokens each pass of the fit takes, by its stage's name: as many as are wanted, or else as are enough.
+
+    An eigenbasis needs tokens in proportion to the widest covariance, corrected eigenvalues need MIN_FITTED sequences at least.
+    """
+    if wanted is not None:
+        return dict.fromkeys(("covariances", "eigenvalues"), wanted)
+    widths = [max(layer.shape) if layer.kind == "linear" else layer.shape[1] for layer in layers]
+    enough = math.ceil(TOKENS_PER_DIMENSION * max(widths) / tokens_per_sequence)
+    return {"covariances": enough, "eigenvalues": max(enough, MIN_FITTED)}
 
 
 def row_units(name: str, store: SequenceStore) -> list[str]:

@@ -51,6 +51,7 @@ from jobs.options import (
     open_within,
     with_config_options,
 )
+from jobs.plan import plan
 from jobs.progress import progress_lines, say
 from jobs.remote import ask_server, questions_of
 from jobs.serve import serve, tokens
@@ -295,6 +296,7 @@ def report(
         print(page)
 
 
+app.command()(with_config_options(plan))
 app.command()(evaluate)
 app.command()(health)
 app.command()(serve)

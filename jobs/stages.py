@@ -20,7 +20,6 @@ from ekfac import (
     EigenvalueSum,
     LayerFactors,
     SequenceBatch,
-    attributable_layers,
     covariance_pass,
     drawn_label_loss,
     eigenbasis,
@@ -48,16 +47,22 @@ from influence.errors import RequestError
 from influence.fidelity import DEPTHS, Fidelity, end_fidelity, end_name, rank_correlation
 from influence.lexical import write_lexical
 from influence.measurement import Measurement
-from influence.model import LanguageModel, embedded_tokens, load_model, longest_sequence, model_fingerprint, tokenizer_fingerprint
+from influence.model import (
+    LanguageModel,
+    embedded_tokens,
+    find_layers,
+    load_model,
+    longest_sequence,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
 from influence.rows import encoded_rows
-from influence.run import Run
+from influence.run import MOST_FIT_GROUPS, Run
 from influence.sequences import TrainingSequence, tokenize, write_sequences
 from influence.solving import Solved, in_groups, solved, within_memory
 from influence.stored_run import run_directory
 
 Write = Callable[[Path], None]
-MOST_FIT_GROUPS = 8
-LAYER_TRIAL_LENGTH = 11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,17 +150,7 @@ def _sequences(run: Run, config: Config, _: str) -> Write:
 
 
 def _layers(run: Run, config: Config, _: str) -> Write:
-    loaded = run.language_model
-
-    def call(model: torch.nn.Module) -> None:
-        # Rows of the embedding that are not zero, as the padding's may be; and a length that is hardly a number of heads.
-        tokens = torch.arange(1, 1 + min(LAYER_TRIAL_LENGTH, longest_sequence(model) or LAYER_TRIAL_LENGTH), device=loaded.device)
-        model(input_ids=(tokens % embedded_tokens(model))[None], use_cache=False)
-
-    try:
-        coverage = attributable_layers(loaded.model, call, config.factors.patterns)
-    except ValueError as error:
-        raise RequestError(f"factors.layers: {error}") from None
+    coverage = find_layers(run.language_model.model, config.factors.patterns)
     if config.index.row_length < len(coverage.layers):
         raise RequestError(
             f"index.bytes_per_sequence is {config.index.bytes_per_sequence}, which in {config.index.encoding} is {config.index.row_length} numbers, "
