@@ -99,9 +99,10 @@ def tiny_plan(world: World, tmp_path: Path, sequences: int = 40, **changes: Any)
 
 def test_the_least_memory_that_is_planned_is_the_least_that_is_accepted(world: World, finished: Path, tmp_path: Path) -> None:
     needed, run = tiny_plan(world, tmp_path).needed_bytes, Run(finished)
-    batch_budget(run.language_model.model, run.coverage.layers, needed, POSITIONS)
+    use = model_memory(run.language_model.model, run.coverage.layers)
+    batch_budget(use, needed, POSITIONS, "cpu")
     with pytest.raises(RequestError, match="memory_budget"):
-        batch_budget(run.language_model.model, run.coverage.layers, needed - 1, POSITIONS)
+        batch_budget(use, needed - 1, POSITIONS, "cpu")
 
 
 def test_a_run_that_is_changed_as_advised_fits(world: World, tmp_path: Path) -> None:
