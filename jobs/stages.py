@@ -354,7 +354,7 @@ STAGES = (
         size=partial(_fit_size, "eigenvalues"),
         over_sequences=True,
     ),
-    Stage(name="factors", title="factors", units=_everything, work=_factors),
+    Stage(name="factors", title="factors", units=_everything, work=_factors, needs_model=False),
     Stage(name="rows", title="index rows", units=_shards, work=_rows, size=_shard_size, over_sequences=True),
     Stage(name="scans", title="exact scan of sample queries", units=_scan_units, work=_scan, size=_shard_size, over_sequences=True),
     Stage(name="fidelity", title="fidelity of the index", units=_fidelity_units, work=_fidelity),
