@@ -179,8 +179,9 @@ class StoredRunDirectory(RunDirectory):
         """Puts the files, then the record. Where another process was first, its unit is kept: nothing of it is ever written over."""
         record = json.loads((scratch / "record.json").read_bytes())
         for name, facts in record["files"].items():
-            if not self.store.create_from(scratch / name, f"{self._prefix(stage, unit)}/{name}"):
-                # Of somebody who died, or is still at it, perhaps with other bytes: a GPU does not round the same way twice.
+            place = f"{self._prefix(stage, unit)}/{name}"
+            if not self.store.create_from(scratch / name, place) and not self._holds(place, facts, scratch):
+                # Of somebody who died, or is still at it, with other bytes: a GPU does not round the same way twice.
                 facts["object"] = f"{facts['sha256'].removeprefix('sha256:')[:16]}-{name}"
                 self.store.create_from(scratch / name, f"{self._prefix(stage, unit)}/{facts['object']}")
         if self.store.create(self._record_name(stage, unit), _json(record)):
@@ -188,6 +189,14 @@ class StoredRunDirectory(RunDirectory):
             super()._publish(scratch, stage, unit, fingerprint)
         else:
             self.is_done(stage, unit, fingerprint)  # refuses one that was made from something else
+
+    def _holds(self, place: str, facts: Mapping[str, Any], scratch: Path) -> bool:
+        """Whether the object has the bytes of this file."""
+        there = scratch / ".there"
+        try:
+            return self.store.fetch(place, there) and file_digest(there) == facts["sha256"]
+        finally:
+            there.unlink(missing_ok=True)
 
     def _record(self, stage: str, unit: str) -> dict[str, Any] | None:
         if (stage, unit) not in self._records:

@@ -317,7 +317,7 @@ def test_sizes_of_units_are_their_sequences_or_the_cubes_of_their_dimensions(fin
     assert list(sizes["rows"].values()) == list(sizes["scans"].values()) == shards
     for name in ("covariances", "eigenvalues"):
         assert sum(sizes[name].values()) == pytest.approx(run.fitted[name].sum())
-    assert sizes["eigenbases"] == {name: len(vectors) ** 3 for name, vectors in run.eigenvectors.items()}
+    assert sizes["eigenbases"] == {name: len(vectors) ** 3 for name, vectors in run.eigenvectors_of(run.coverage.layers).items()}
 
 
 def test_progress_says_what_came_of_the_last_stage(finished: Path) -> None:
