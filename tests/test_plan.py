@@ -178,6 +178,7 @@ def test_documents_are_counted_in_every_kind_of_file(name: str, world: World, tm
     assert count_documents(load_config(None, flat).data) == 7
 
 
+@pytest.mark.slow
 def test_70_billion_parameters_and_a_billion_sequences_are_planned_in_little_memory(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
     described = LlamaConfig(vocab_size=128256, architectures=["LlamaForCausalLM"], **sizes)
