@@ -160,7 +160,7 @@ def test_run_made_anew_under_a_url_does_not_read_the_cache_of_the_old_one(store:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["covariances", pytest.param("eigenbases", marks=pytest.mark.slow), "rows"])
+@pytest.mark.parametrize("stage", ["covariances", "eigenbases", "rows"])
 def test_run_killed_while_it_writes_to_a_store_goes_on_to_the_same_bytes(
     stage: str, store: ObjectStore, world: World, finished: Path, tmp_path: Path, other_machine: Callable[[], None], quick: None
 ) -> None:
