@@ -84,7 +84,6 @@ class ModelShape:
 
     coverage: Coverage
     use: MemoryUse
-    parameter_bytes: int
     bytes_per_number: int
     products_per_token: int
     """Weights that a token is multiplied by, the head among them."""
@@ -93,6 +92,10 @@ class ModelShape:
     vocabulary: int
     heads: frozenset[str]
     """Of the attributed embeddings, those that are the model's head too."""
+
+    @property
+    def parameter_bytes(self) -> int:
+        return self.use.model_bytes
 
 
 def model_shape(model: nn.Module, coverage: Coverage) -> ModelShape:
@@ -109,7 +112,6 @@ def model_shape(model: nn.Module, coverage: Coverage) -> ModelShape:
     return ModelShape(
         coverage=coverage,
         use=model_memory(model, coverage.layers),
-        parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         bytes_per_number=next(model.parameters()).element_size(),
         products_per_token=int(sum(p.numel() * (used if p.ndim == 3 else 1) for p in multiplied)),
         attention_width=layers * heads * head_dimension,
