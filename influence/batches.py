@@ -23,21 +23,27 @@ VECTORS_OF_A_BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchBudget:
+class BatchCosts:
+    """The memory of a batch's activations, logits and per-sequence gradients."""
+
+    bytes_per_token: int
+    bytes_per_sequence: int
+
+    def bytes_of(self, num_tokens: int, num_sequences: int = 1) -> int:
+        return num_tokens * self.bytes_per_token + num_sequences * self.bytes_per_sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchBudget(BatchCosts):
     """How much a batch may hold: its tokens, and the memory of its activations, logits and per-sequence gradients."""
 
     max_tokens: int
     memory_bytes: int
-    bytes_per_token: int
-    bytes_per_sequence: int
 
     def fits(self, num_sequences: int, num_positions: int) -> bool:
         """Whether such a batch may be made; one sequence may, however long, if it fits into memory."""
         tokens = num_sequences * num_positions
         return (num_sequences == 1 or tokens <= self.max_tokens) and self.bytes_of(tokens, num_sequences) <= self.memory_bytes
-
-    def bytes_of(self, num_tokens: int, num_sequences: int = 1) -> int:
-        return num_tokens * self.bytes_per_token + num_sequences * self.bytes_per_sequence
 
     def beside(self, num_vectors: int, layers: Sequence[Layer]) -> "BatchBudget":
         """What is left for batches beside so many vectors over the layers.
@@ -53,20 +59,15 @@ class BatchBudget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryUse:
+class MemoryUse(BatchCosts):
     """What a worker holds, estimated from shapes: the model, factors of its layers, and what a batch takes."""
 
     layers: tuple[Layer, ...]
     model_bytes: int
-    bytes_per_token: int
-    bytes_per_sequence: int
 
     def smallest(self, sequence_length: int) -> int:
         """What the worker needs when layers are worked on one by one, in batches of one sequence."""
-        return self.model_bytes + max(factor_bytes([layer]) for layer in self.layers) + self.batch_bytes(sequence_length)
-
-    def batch_bytes(self, num_tokens: int, num_sequences: int = 1) -> int:
-        return num_tokens * self.bytes_per_token + num_sequences * self.bytes_per_sequence
+        return self.model_bytes + max(factor_bytes([layer]) for layer in self.layers) + self.bytes_of(sequence_length)
 
 
 def memory_use(layers: Sequence[Layer], model_bytes: int, vocabulary: int) -> MemoryUse:
@@ -92,7 +93,7 @@ def layer_groups(use: MemoryUse, memory_budget: int, sequence_length: int, devic
     A batch may be full, as far as it takes no more than a quarter of the memory beside the model, and holds one sequence at least.
     """
     left = memory_budget - use.model_bytes
-    room = left - max(use.batch_bytes(sequence_length), min(use.batch_bytes(MAX_TOKENS[device]), left // 4))
+    room = left - max(use.bytes_of(sequence_length), min(use.bytes_of(MAX_TOKENS[device]), left // 4))
     groups: list[list[Layer]] = []
     used = 0
     for layer in use.layers:
