@@ -9,7 +9,7 @@ from ekfac.gauss_newton import Solution, Vectors, conjugate_gradients, gauss_new
 from ekfac.hashing import key_of, keyed_bits, keyed_uniforms
 from ekfac.kronecker import Covariance, Damping, Eigenbasis, EigenvalueSum, LayerFactors, corrected_eigenvalues, eigenbasis, layer_factors
 from ekfac.language import Loss, SequenceBatch, at_counted, counted_losses, drawn_label_loss, token_losses, true_label_loss
-from ekfac.layers import Coverage, Layer, attributable_layers, evaluation_mode, matches
+from ekfac.layers import Coverage, Layer, attributable_layers, evaluation_mode, layer_device, matches
 from ekfac.parameters import as_parameters, as_vectors
 from ekfac.record import (
     BLOCK_NUMBERS,
@@ -70,6 +70,7 @@ __all__ = [
     "key_of",
     "keyed_bits",
     "keyed_uniforms",
+    "layer_device",
     "layer_factors",
     "matches",
     "merge",

@@ -26,7 +26,9 @@ def capture(
     """Runs `loss` (a forward pass that returns the summed loss) and its backward pass; returns the loss.
 
     `consume(layer, record)` is called once for every layer, from the last to the first that the backward pass reaches; `mask` [N, T] tells
-    the positions that the loss reaches. Records are float32 at least. Raises ValueError when a layer was called more than once, was not
+    the positions that the loss reaches. Records are float32 at least, each on its layer's device.
+
+    Raises ValueError when a layer was called more than once, was not
     reached, or has another number of rows than the mask, and when the loss is not finite.
     """
     modules = dict(model.named_modules())
@@ -42,13 +44,15 @@ def capture(
         if waiting[layer.name]:
             return
         with torch.no_grad():
-            used = {name: (inputs.pop(name), gradients.pop(name)) for name in layer.modules}
+            # A model whose layers lie on several devices gives inputs that come from another one.
+            used = {name: (inputs.pop(name).to(gradient.device), gradients.pop(name).to(gradient.device)) for name in layer.modules}
+            here = mask.to(gradient.device)
             if layer.kind == "linear":
-                record: Record = _linear_record(layer, *used[layer.name], mask)
+                record: Record = _linear_record(layer, *used[layer.name], here)
             elif layer.kind == "scale":
-                record = _scale_record(layer, scales[layer.name](used[layer.name][0]), used[layer.name][1], mask)
+                record = _scale_record(layer, scales[layer.name](used[layer.name][0]), used[layer.name][1], here)
             else:
-                record = _embedding_record(layer, used, modules, mask)
+                record = _embedding_record(layer, used, modules, here)
             consume(layer, record)
 
     def probed(layer: Layer, name: str, arguments: tuple[Any, ...], output: Tensor) -> Tensor:

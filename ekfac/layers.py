@@ -284,6 +284,11 @@ def _grouped(layers: list[Layer], calls: dict[str, list[_Call]]) -> tuple[Layer,
     )
 
 
+def layer_device(model: nn.Module, layer: Layer) -> torch.device:
+    """Where the layer's parameters are; all of a model's, unless it was placed on several devices."""
+    return next(model.get_submodule(layer.modules[0]).parameters()).device
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode with no parameter requiring a gradient; both are restored, module by module, at the end."""

@@ -94,18 +94,27 @@ class Spreader:
                 self.weights[rows] *= signs.to(self.weights.device)
         self.weights = self.weights.float()
 
-    def add(self, target: Tensor, rows: Rows, gradients: Tensor) -> None:
-        """Adds these rows of gradients in the eigenbasis, [N, rows, J], to the layer's range of `target` [N, row length]."""
-        own, weights = target[:, self.start : self.start + self.width], self.weights[rows]
+    def nothing(self, count: int) -> Tensor:
+        """The layer's range of `count` rows, [N, width], before anything is added to it."""
+        return torch.zeros((count, self.width), device=self.weights.device)
+
+    def add(self, own: Tensor, rows: Rows, gradients: Tensor) -> None:
+        """Adds these rows of gradients in the eigenbasis, [N, rows, J], to the layer's range of rows, [N, width]."""
+        weights = self.weights[rows]
         if self.exact:
-            own.view(-1, *self.weights.shape)[:, rows] += gradients.to(target.dtype) * weights
+            own.view(-1, *self.weights.shape)[:, rows] += gradients.to(own.dtype) * weights
         elif isinstance(rows, slice):
-            at_once = max(1, FOLDED_NUMBERS[target.device.type] // weights.numel())
+            at_once = max(1, FOLDED_NUMBERS[own.is_cpu] // weights.numel())
             for some, made in zip(torch.split(gradients, at_once), torch.split(own, at_once), strict=True):
                 made += self._folded(some, weights, rows.start or 0)
         else:
             places = (rows[:, None] * self.stride + torch.arange(weights.shape[1], device=rows.device)) % self.width
-            own.index_add_(1, places.flatten(), (gradients.to(target.dtype) * weights).flatten(1))
+            own.index_add_(1, places.flatten(), (gradients.to(own.dtype) * weights).flatten(1))
+
+    def place(self, own: Tensor, made: Tensor) -> None:
+        """Writes the layer's finished range into rows [N, D]: its Hartley transform Re F - Im F, F the orthonormal Fourier transform."""
+        spectrum = torch.fft.fft(own, norm="ortho")
+        made[:, self.start : self.start + self.width] = spectrum.real - spectrum.imag
 
     def _folded(self, gradients: Tensor, weights: Tensor, first_row: int) -> Tensor:
         """Consecutive rows, weighted, laid out one `stride` after another, and cut into stretches of `width` that are summed: [N, width]."""
@@ -127,8 +136,8 @@ def _random_signs(buckets: LayerBuckets, seed: int) -> Iterator[tuple[slice, Ten
         yield rows, torch.from_numpy(np.where(bits & np.uint64(1), np.float32(1), np.float32(-1)).reshape(-1, inputs))
 
 
-FOLDED_NUMBERS = {"cpu": 2**20, "cuda": 2**26}
-"""About so many numbers of gradients are spread at once: on a CPU those that its cache holds."""
+FOLDED_NUMBERS = {True: 2**20, False: 2**26}
+"""About so many numbers of gradients are spread at once, on a CPU or not: on one those that its cache holds."""
 
 
 def _stride(inputs: int, width: int) -> int:
@@ -144,13 +153,6 @@ def _stride(inputs: int, width: int) -> int:
 def spreaders(spec: FeatureSpec, factors: Mapping[str, LayerFactors]) -> dict[str, Spreader]:
     """The `Spreader` of every layer that has factors, by layer name, on their device."""
     return {buckets.name: Spreader(buckets, spec.seed, factors[buckets.name]) for buckets in spec.layers if buckets.name in factors}
-
-
-def _mix(made: Tensor, spreader: Spreader) -> None:
-    """Replaces the layer's range of rows [N, D] by its Hartley transform Re F - Im F, F the orthonormal Fourier transform."""
-    own = made[:, spreader.start : spreader.start + spreader.width]
-    spectrum = torch.fft.fft(own, norm="ortho")
-    torch.sub(spectrum.real, spectrum.imag, out=own)
 
 
 def feature_rows(
@@ -172,11 +174,13 @@ def feature_rows(
 
     def consume(layer: Layer, record: Record) -> None:
         factor, spreader = factors[layer.name], signs[layer.name]
+        own, influence = spreader.nothing(len(made)), torch.zeros(len(made), dtype=torch.float64, device=spreader.weights.device)
         for rows, rotated in gradient_blocks(record, factor.input_vectors, factor.output_vectors):
-            spreader.add(made, rows, rotated)
+            spreader.add(own, rows, rotated)
             for n, gradient in enumerate(rotated):
-                self_influence[n] += gradient.square_().flatten() @ spreader.inverse[rows].flatten()
-        _mix(made, spreader)
+                influence[n] += gradient.square_().flatten() @ spreader.inverse[rows].flatten()
+        spreader.place(own, made)
+        self_influence.add_(influence.to(self_influence.device))
 
     capture(model, layers, lambda: loss(model, batch), batch.reached, consume)
     return made, self_influence
@@ -191,6 +195,7 @@ def query_rows(gradients: Mapping[str, Tensor], spec: FeatureSpec, signs: Mappin
     some = next(iter(gradients.values()))
     made = torch.zeros((len(some), spec.row_length), device=some.device)
     for name, gradient in gradients.items():
-        signs[name].add(made, slice(None), gradient)
-        _mix(made, signs[name])
+        own = signs[name].nothing(len(made))
+        signs[name].add(own, slice(None), gradient)
+        signs[name].place(own, made)
     return made.cpu().numpy()

@@ -4,7 +4,7 @@ Every fingerprint contains those of what came before it, so that nothing made fr
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,8 @@ def read_factor_summary(directory: Path) -> dict[str, dict[str, float]]:
     return summary
 
 
-def read_factors(
-    directory: Path, bases: Mapping[str, torch.Tensor], layers: Sequence[Layer], device: torch.device
-) -> dict[str, LayerFactors]:
-    """The layers' factors on `device`; `bases` are the eigenvectors by `input_name` and `output_name`, already there."""
+def read_factors(directory: Path, bases: Mapping[str, torch.Tensor], devices: Mapping[Layer, torch.device]) -> dict[str, LayerFactors]:
+    """The factors of the layers, each on its device; `bases` are the eigenvectors by `input_name` and `output_name`, already there."""
     summary = read_factor_summary(directory)
     return {
         layer.name: LayerFactors(
@@ -115,7 +113,7 @@ def read_factors(
             eigenvalues=load_file(_file_of(directory, layer.name))["eigenvalues"].to(device),
             damping=summary[layer.name]["damping"],
         )
-        for layer in layers
+        for layer, device in devices.items()
     }
 
 

@@ -150,11 +150,11 @@ def _add_gradients(
         for rows, block in gradient_blocks(record, *vectors):
             if layer.name not in gradients:
                 gradients[layer.name] = block.new_zeros((num_queries, *layer.shape))
-            weighted = block * weights.to(block.dtype)[:, None, None]
+            weighted, to = block * weights.to(block)[:, None, None], owners.to(block.device)
             if isinstance(rows, slice):
-                gradients[layer.name][:, rows].index_add_(0, owners, weighted)
+                gradients[layer.name][:, rows].index_add_(0, to, weighted)
             else:
-                gradients[layer.name][:, rows] += block.new_zeros((num_queries, *block.shape[1:])).index_add_(0, owners, weighted)
+                gradients[layer.name][:, rows] += block.new_zeros((num_queries, *block.shape[1:])).index_add_(0, to, weighted)
 
     reached = batch.reached if function is None else torch.ones_like(batch.counted)
     capture(attributed.model, attributed.layers, loss, reached, consume)
@@ -227,7 +227,7 @@ def _score_batch(
     tokens = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=attributed.device)
 
     def consume(layer: Layer, record: Record) -> None:
-        shares = position_inner_products(record, preconditioned[layer.name]).double()
+        shares = position_inner_products(record, preconditioned[layer.name]).double().to(tokens.device)
         tokens.add_(shares)
         columns[layer.name] = shares.sum(1)
 
@@ -292,7 +292,7 @@ def _sum_over_layers(attributed: AttributedModel, batch: SequenceBatch, of: Call
     parts: list[Tensor] = []
 
     def consume(layer: Layer, record: Record) -> None:
-        part = of(layer, record).double()
+        part = of(layer, record).double().to(batch.tokens.device)
         parts[:] = [part + parts[0]] if parts else [part]
 
     capture(attributed.model, attributed.layers, partial(true_label_loss, attributed.model, batch), batch.reached, consume)

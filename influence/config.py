@@ -162,7 +162,7 @@ class ResourcesConfig(Section):
     memory_budget: Bytes = Field(
         16 * 2**30,
         description="memory per worker for model, factors and batches: batches are chosen to fit, and layers are worked on in groups where the "
-        "factors of all do not",
+        "factors of all do not; more than one GPU has places the layers over several of the worker's",
     )
     workers: int = Field(0, ge=0, description="Ray workers; 0 runs everything in this process")
     gpus_per_worker: float | None = Field(

@@ -54,7 +54,7 @@ def _output(model: nn.Module, layer: str, tokens: Tensor) -> Tensor:
     found = [output[0] if isinstance(output, tuple) else output for output in outputs]
     if len(found) != 1 or not isinstance(found[0], Tensor) or found[0].ndim != 3 or found[0].shape[:2] != tokens.shape:
         raise RequestError(f"the layer {layer!r} does not give one vector for each position: take another, such as a block or its MLP")
-    return found[0].to(torch.promote_types(found[0].dtype, torch.float32))
+    return found[0].to(tokens.device, torch.promote_types(found[0].dtype, torch.float32))
 
 
 def read_direction(path: Path, model: nn.Module) -> tuple[str, Tensor]:

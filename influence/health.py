@@ -17,7 +17,17 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from ekfac import Layer, Record, as_one_sequence, capture, gradient_blocks, position_inner_products, token_losses, true_label_loss
+from ekfac import (
+    Layer,
+    Record,
+    as_one_sequence,
+    capture,
+    gradient_blocks,
+    layer_device,
+    position_inner_products,
+    token_losses,
+    true_label_loss,
+)
 from indexing import ALIKE, all_duplicates, best
 from influence.attribution import AttributedModel, precondition, query_gradients
 from influence.batches import in_batches
@@ -233,10 +243,10 @@ class _Passes:
                 return own[0].sum()
 
             def consume(layer: Layer, record: Record, columns: dict[str, torch.Tensor] = columns) -> None:
-                columns[layer.name] = position_inner_products(record, vector[layer.name]).double().sum(1)
+                columns[layer.name] = position_inner_products(record, vector[layer.name]).double().sum(1).cpu()
 
             capture(attributed.model, attributed.layers, loss, batch.reached, consume)
-            influence[members] = torch.stack([columns[name] for name in names], 1).cpu().numpy()
+            influence[members] = torch.stack([columns[name] for name in names], 1).numpy()
             losses[members] = own[0].detach().double().sum(1).cpu().numpy()
             done += len(members)
             advance(done)
@@ -258,9 +268,9 @@ class _Passes:
         totals: dict[str, torch.Tensor] = {}
         for place, shards in enumerate(parts):
             kept = self.keep(f"gradient-{place:05d}", lambda shards=shards: self._summed(shards))  # type: ignore[misc]
-            for name, part in kept.items():
-                found = torch.from_numpy(part).to(run.attributed.device)
-                totals[name] = totals[name] + found if name in totals else found
+            for layer in run.attributed.layers:
+                found = torch.from_numpy(kept[layer.name]).to(layer_device(run.attributed.model, layer))
+                totals[layer.name] = totals[layer.name] + found if layer.name in totals else found
         if self.num_trained == 0:
             raise RequestError(f"every training sequence was removed from {run.directory}: give --queries, or ask about another run")
         return self._preconditioned({name: total / self.num_trained for name, total in totals.items()})
@@ -287,7 +297,7 @@ def gradient_sum(
     attributed: AttributedModel, sequences: Sequence[TrainingSequence], advance: Callable[[int], None] = lambda done: None
 ) -> dict[str, torch.Tensor]:
     """Σ ∇L over the sequences, [O, J] by layer: no more than a plain forward and backward pass, because no sequence's own gradient is formed."""
-    totals = {layer.name: torch.zeros(layer.shape, device=attributed.device) for layer in attributed.layers}
+    totals = {layer.name: torch.zeros(layer.shape, device=layer_device(attributed.model, layer)) for layer in attributed.layers}
     done = 0
 
     def consume(layer: Layer, record: Record) -> None:

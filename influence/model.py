@@ -22,31 +22,57 @@ LAYER_TRIAL_LENGTH = 11
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A model in evaluation mode on its device, with its tokenizer."""
+    """A model in evaluation mode, on one device or with its layers on several, and its tokenizer."""
 
     model: nn.Module
     tokenizer: Any
 
     @property
     def device(self) -> torch.device:
+        """Where the model takes its input and gives its output."""
         return next(self.model.parameters()).device
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether its layers lie on several devices."""
+        return len({parameter.device for parameter in self.model.parameters()}) > 1
 
-def load_model(config: ModelConfig) -> LanguageModel:
-    """The model on the GPU when there is one. Raises RequestError when it cannot be found, is not causal or has weights that are not finite."""
+
+def load_model(config: ModelConfig, memory_budget: int = 0) -> LanguageModel:
+    """The model on the GPU when there is one; on as many as have the budget's memory together, where one has less.
+
+    Raises RequestError when it cannot be found, is not causal, has weights that are not finite, or has too many for these GPUs.
+    """
     from transformers import AutoModelForCausalLM
 
+    divided = _division(memory_budget)
     if Path(config.name).is_absolute() and not Path(config.name).is_dir():
         raise RequestError(f"there is no model directory at {config.name} (if it moved, --model says where it is now)")
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.name, revision=config.revision, dtype=getattr(torch, config.dtype))
+        model = AutoModelForCausalLM.from_pretrained(config.name, revision=config.revision, dtype=getattr(torch, config.dtype), **divided)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RequestError(f"no causal language model can be loaded from {config.name!r}: {_first_line(error)}") from None
+    if offloaded := [name for name, device in getattr(model, "hf_device_map", {}).items() if device in ("cpu", "disk")]:
+        raise RequestError(
+            f"the model does not fit on {torch.cuda.device_count()} GPUs within resources.memory_budget, the first that does not is {offloaded[0]}: "
+            "raise it, or give a worker more of them (--gpus-per-worker)"
+        )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise RequestError(f"the model's weights are not finite: {name} holds NaN or infinity")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return LanguageModel(model=model.eval().to(device), tokenizer=load_tokenizer(config))
+    model.eval()
+    if not divided:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return LanguageModel(model=model, tokenizer=load_tokenizer(config))
+
+
+def _division(memory_budget: int) -> dict[str, Any]:
+    """What asks transformers to put the layers on several GPUs: nothing, where the budget is no more than one has."""
+    sizes = [torch.cuda.get_device_properties(place).total_memory for place in range(torch.cuda.device_count())]
+    used = min(len(sizes), -(-memory_budget // min(sizes))) if sizes else 0
+    if used < 2:
+        return {}
+    return {"device_map": "balanced", "max_memory": dict.fromkeys(range(used), memory_budget // used)}
 
 
 def model_without_weights(config: ModelConfig) -> nn.Module:

@@ -28,7 +28,7 @@ from influence.batches import (
 from influence.calibration import Rates
 from influence.config import Config
 from influence.data_size import DataSize
-from influence.run import MOST_FIT_GROUPS, fit_sizes
+from influence.run import MOST_SCAN_UNITS, fit_sizes, num_fit_units
 
 # Measured on the runs of benchmarks/plan.py (benchmarks/NOTES.md).
 
@@ -245,7 +245,7 @@ def plan(config: Config, shape: ModelShape, data: DataSize, rates: Rates, free_d
     needed = shape.use.smallest(config.data.sequence_length)
     problems = [
         *_memory_problems(config, shape, rates, needed),
-        *(_device_problems(stages, rates) if needed <= config.resources.memory_budget else ()),
+        *(_device_problems(config, stages, rates) if needed <= config.resources.memory_budget else ()),
         *_row_problems(config, shape.coverage),
         *_host_problems(config, stages, data, rates),
         *_disk_problems(config, stages, data, free_disk),
@@ -276,7 +276,7 @@ class _Costs:
         wanted = fit_sizes(self.layers, data.counted_tokens, config.factors.sequences)
         self.fitted_on = {stage: min(count, data.sequences) for stage, count in wanted.items()}
         self.shards = max(1, math.ceil(data.sequences / config.data.sequences_per_shard))
-        self.groups = min(MOST_FIT_GROUPS, self.shards)
+        self.groups = num_fit_units(self.fitted_on, self.shards, config.data.sequences_per_shard)
         self.queries = config.index.recall_queries if data.sequences > 1 else 0
         memory_budget = config.resources.memory_budget
         self.held_at_once = layer_groups(shape.use, memory_budget, config.data.sequence_length, rates.kind)
@@ -288,7 +288,7 @@ class _Costs:
         self.row = RowFormat(encoding=config.index.encoding, length=min(config.index.row_length, self.numbers))
 
     def stages(self) -> list[StagePlan]:
-        data, groups, shards = self.data, self.groups, self.shards
+        data, groups, shards, scanned = self.data, self.groups, self.shards, min(self.shards, MOST_SCAN_UNITS)
         square = sum(size**2 for size in self.covariances.values())
         sums = {"covariances": 8 * square, "eigenvalues": 8 * self.numbers}
         bases, factors, rows = 4 * square, 4 * self.numbers, data.sequences * (self.row.bytes_per_row + 8)
@@ -318,9 +318,9 @@ class _Costs:
             "factors": (1, factors, Work(stored=groups * sums["eigenvalues"] + factors)),
             "rows": (shards, rows, self.row_work() * data.sequences + Work(stored=rows) + read),
             "scans": (
-                shards if self.queries else 0,
+                scanned if self.queries else 0,
                 scans,
-                (self.query_work() + self.solve_work()) * (self.queries * shards) + self.scan_work() * data.sequences + read,
+                (self.query_work() + self.solve_work()) * (self.queries * scanned) + self.scan_work() * data.sequences + read,
             ),
             "fidelity": (1 if self.queries else 0, 500, asked * self.queries + self.index_work()),
         }
@@ -492,9 +492,9 @@ def largest_batch(budget: BatchBudget, tokens: int, sequences: int) -> int:
 
 def _memory_problems(config: Config, shape: ModelShape, rates: Rates, needed: int) -> list[Problem]:
     """The budget must hold a worker's model, factors and one sequence, and the device must hold the budget."""
-    budget, workers = config.resources.memory_budget, max(1, config.resources.workers)
-    device = None if rates.memory_bytes is None else rates.memory_bytes // (workers if rates.kind == "cpu" else 1)
-    of = f"{rates.device} has {size_text(device)}" + (" for each worker" if workers > 1 and rates.kind == "cpu" else "") if device else ""
+    budget = config.resources.memory_budget
+    device = _memory_of_a_worker(config, rates)
+    of = f"{rates.device} has {size_text(device)}" + (" for each worker" if device != rates.memory_bytes else "") if device else ""
     if needed <= budget:
         if device is None or budget <= device:
             return []
@@ -506,20 +506,31 @@ def _memory_problems(config: Config, shape: ModelShape, rates: Rates, needed: in
         changes.append(f"raise resources.memory_budget: --memory-budget {-(-needed // 2**20)}MiB")
     limit = budget if device is None else max(budget, device) if needed > device else budget
     changes += _smaller(config, shape, limit, budget)
-    if shape.parameter_bytes > limit:
-        changes.append(f"none for the model itself, of {size_text(shape.parameter_bytes)}: a worker holds all of it, on one device")
+    if device is not None and needed > device and rates.kind == "cuda" and rates.memory_bytes:
+        gpus = math.ceil(1.1 * needed / rates.memory_bytes)  # layers are placed whole, and do not fill each of them
+        changes.append(f"place the layers over more GPUs: --gpus-per-worker {gpus} --memory-budget {gpus * rates.memory_bytes // 2**20}MiB")
+    elif shape.parameter_bytes > limit:
+        changes.append(f"none for the model itself, of {size_text(shape.parameter_bytes)}: a worker holds all of it")
     held = f"the model, the factors of its largest layer and one sequence need {size_text(needed)} in a worker"
     what = f"{held}; resources.memory_budget is {size_text(budget)}"
     return [Problem(what=what + (f", and {of}" if device is not None and needed > device else ""), changes=tuple(changes))]
 
 
-def _device_problems(stages: Sequence[StagePlan], rates: Rates) -> Iterator[Problem]:
+def _memory_of_a_worker(config: Config, rates: Rates) -> int | None:
+    """Its part of the machine's, or that of its GPUs."""
+    if rates.memory_bytes is None:
+        return None
+    if rates.kind == "cpu":
+        return rates.memory_bytes // max(1, config.resources.workers)
+    return rates.memory_bytes * max(1, int(config.resources.gpus_per_worker or 1))
+
+
+def _device_problems(config: Config, stages: Sequence[StagePlan], rates: Rates) -> Iterator[Problem]:
     """Stages that hold more on a GPU than the budget counts: gradients of queries, and what an eigendecomposition works with."""
     for stage in stages:
-        if rates.kind == "cuda" and rates.memory_bytes is not None and stage.device_bytes > rates.memory_bytes:
-            what = (
-                f"{stage.name} needs {size_text(stage.device_bytes)} of GPU memory, and {rates.device} has {size_text(rates.memory_bytes)}"
-            )
+        memory = _memory_of_a_worker(config, rates)
+        if rates.kind == "cuda" and memory is not None and stage.device_bytes > memory:
+            what = f"{stage.name} needs {size_text(stage.device_bytes)} of GPU memory, and a worker has {size_text(memory)}"
             change = (
                 "ask no sample queries: --recall-queries 0" if stage.name in ("scans", "fidelity") else "leave layers out: --layers GLOB"
             )

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ekfac import Coverage, Layer, LayerFactors, SequenceBatch, key_of, keyed_bits
+from ekfac import Coverage, Layer, LayerFactors, SequenceBatch, key_of, keyed_bits, layer_device
 from indexing import FeatureSpec, RowFormat, RowIndex, RowShards, Spreader, feature_spec, open_rows, spreaders
 from influence import artifacts, optimizer_state
 from influence.answering import QueryOptions, answer
@@ -55,8 +55,9 @@ TOKENS_PER_DIMENSION = 64
 MIN_FITTED = 1000
 """Sequences for corrected eigenvalues, when the settings do not say how many: as above, .999 with half of the sequences, .9996 without embeddings."""
 
-MOST_FIT_GROUPS = 8
-"""Units of the passes that fit factors, at most: each leaves sums as large as the factors on disk."""
+MOST_FIT_UNITS = 8
+MOST_SCAN_UNITS = 64
+"""Of a pass that fits factors, whose units each leave sums as large as the factors, and of the scan, whose units each solve for the queries."""
 
 SAMPLE_SIZE = 10_000
 
@@ -147,7 +148,7 @@ class Run:
     @cached_property
     def language_model(self) -> LanguageModel:
         """The model. Raises RequestError when its weights are not those that the run was made with."""
-        loaded = load_model(self.model_config)
+        loaded = load_model(self.model_config, self.memory_budget)
         self._check_same("model", model_fingerprint(loaded.model))
         self._check_same("tokenizer", tokenizer_fingerprint(loaded.tokenizer))
         return loaded
@@ -199,19 +200,19 @@ class Run:
         return [replace(everything, layers=group) for group in groups if group]
 
     def eigenvectors_of(self, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:
-        """Eigenvectors by `input_name` and `output_name`, on the model's device."""
-        names = {name for layer in layers for name in (layer.input_name, layer.output_name) if name}
-        device = self.language_model.device
-        self.directory.bring("eigenbases", sorted(names))
-        return {name: artifacts.read_eigenvectors(self.path_of("eigenbases", name)).to(device) for name in sorted(names)}
+        """Eigenvectors by `input_name` and `output_name`, on their layers' devices; layers that share an input are on one."""
+        model = self.language_model.model
+        devices = {name: layer_device(model, layer) for layer in layers for name in (layer.input_name, layer.output_name) if name}
+        self.directory.bring("eigenbases", sorted(devices))
+        return {name: artifacts.read_eigenvectors(self.path_of("eigenbases", name)).to(devices[name]) for name in sorted(devices)}
 
     def factors_of(self, part: AttributedModel) -> "PartFactors":
         """The factors of a part's group of layers, kept until those of another group are wanted."""
         group = next(group for group in self.layer_groups if part.layers[0] in group)
         if self._loaded is None or self._loaded.layers != group:
             self._loaded = None  # lest two groups are in memory at once
-            bases, device = self.eigenvectors_of(group), self.language_model.device
-            factors = artifacts.read_factors(self.path_of("factors"), bases, group, device)
+            devices = {layer: layer_device(self.language_model.model, layer) for layer in group}
+            factors = artifacts.read_factors(self.path_of("factors"), self.eigenvectors_of(group), devices)
             self._loaded = PartFactors(layers=group, factors=factors, spreaders=spreaders(self.features, factors))
         return self._loaded
 
@@ -499,6 +500,11 @@ def fit_sizes(layers: Sequence[Layer], tokens_per_sequence: float, wanted: int |
     widths = [max(layer.shape) if layer.kind == "linear" else layer.shape[1] for layer in layers]
     enough = math.ceil(TOKENS_PER_DIMENSION * max(widths) / tokens_per_sequence)
     return {"covariances": enough, "eigenvalues": max(enough, MIN_FITTED)}
+
+
+def num_fit_units(fitted_on: Mapping[str, int], num_shards: int, sequences_per_shard: int) -> int:
+    """How many units the passes that fit factors have: one for as many fitted sequences as a shard has, up to MOST_FIT_UNITS."""
+    return min(MOST_FIT_UNITS, num_shards, math.ceil(max(fitted_on.values()) / sequences_per_shard))
 
 
 def row_units(name: str, store: SequenceStore) -> list[str]:

@@ -123,11 +123,13 @@ def _refined(
 
 
 def check_differentiable(run: "Run") -> None:
-    """Raises RequestError when the model's numbers are so coarse that derivatives along a vector are lost in them."""
+    """Raises RequestError when the model allows no derivatives along a vector over all layers: its numbers are too coarse, or on several devices."""
     if run.model_config.dtype in ("bfloat16", "float16"):
         raise RequestError(
             f"refinement and shares by output token need a run in float32 or float64, and {run.directory} is in {run.model_config.dtype}"
         )
+    if run.language_model.is_divided:
+        raise RequestError("refinement and shares by output token need the whole model on one device, and its layers lie on several")
 
 
 def check_refinable(run: "Run") -> None:

@@ -39,7 +39,7 @@ from influence.artifacts import (
     write_factors,
     write_layers,
 )
-from influence.attribution import scan_parts
+from influence.attribution import scan
 from influence.batches import in_batches
 from influence.config import Config
 from influence.documents import data_fingerprint, read_documents
@@ -57,7 +57,7 @@ from influence.model import (
     tokenizer_fingerprint,
 )
 from influence.rows import encoded_rows
-from influence.run import MOST_FIT_GROUPS, Run
+from influence.run import MOST_SCAN_UNITS, Run, num_fit_units
 from influence.sequences import TrainingSequence, tokenize, write_sequences
 from influence.solving import Solved, in_groups, solved, within_memory
 from influence.stored_run import run_directory
@@ -86,7 +86,7 @@ def create_run(config: Config) -> None:
     Loads the model once for its fingerprint. Raises RequestError when anything differs, or the sequences are longer than the model allows.
     """
     data = data_fingerprint(config.data)
-    loaded: LanguageModel = load_model(config.model)
+    loaded: LanguageModel = load_model(config.model, config.resources.memory_budget)
     limit = longest_sequence(loaded.model)
     if limit is not None and config.data.sequence_length > limit:
         raise RequestError(f"data.sequence_length is {config.data.sequence_length}, but the model has {limit} positions: lower it")
@@ -159,13 +159,19 @@ def _layers(run: Run, config: Config, _: str) -> Write:
     return lambda directory: write_layers(directory, coverage)
 
 
-def _fit_groups(run: Run) -> Sequence[str]:
-    """The units of the two passes that fit factors: a few groups of shards, because each leaves sums as large as the factors on disk."""
-    return [f"part-{group:05d}" for group in range(min(MOST_FIT_GROUPS, run.training.num_shards))]
+def _shards_of(run: Run, units: Sequence[str], unit: str) -> list[int]:
+    """The shards of one of so many units: some that follow each other."""
+    return list(np.array_split(np.arange(run.training.num_shards), len(units))[units.index(unit)].tolist())
+
+
+def _fit_units(run: Run) -> Sequence[str]:
+    """Of the two passes that fit factors: few, because each leaves sums as large as the factors on disk."""
+    per_shard = int(run.description["settings"]["data"]["sequences_per_shard"])
+    return [f"part-{number:05d}" for number in range(num_fit_units(run.fitted_on, run.training.num_shards, per_shard))]
 
 
 def _fit_shards(run: Run, unit: str) -> list[int]:
-    return list(np.array_split(np.arange(run.training.num_shards), len(_fit_groups(run)))[_shard_number(unit)].tolist())
+    return _shards_of(run, _fit_units(run), unit)
 
 
 def _fit_size(stage: str, run: Run, unit: str) -> float:
@@ -208,8 +214,8 @@ def _eigenbasis_size(run: Run, unit: str) -> float:
 
 
 def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
-    run.directory.bring("covariances", _fit_groups(run))
-    parts = (read_covariance(run.path_of("covariances", group), unit) for group in _fit_groups(run))
+    run.directory.bring("covariances", _fit_units(run))
+    parts = (read_covariance(run.path_of("covariances", group), unit) for group in _fit_units(run))
     total: Covariance = reduce(add, (part for part in parts if part is not None))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "float64" if run.model_config.dtype == "float64" else "float32"
@@ -234,7 +240,7 @@ def _factors(run: Run, config: Config, _: str) -> Write:
 
     def factors() -> Iterator[tuple[str, LayerFactors]]:
         for layer in run.coverage.layers:
-            sums = (read_eigenvalues(run.path_of("eigenvalues", group), layer.name) for group in _fit_groups(run))
+            sums = (read_eigenvalues(run.path_of("eigenvalues", group), layer.name) for group in _fit_units(run))
             total: EigenvalueSum = reduce(add, (part for part in sums if part is not None))
             yield layer.name, layer_factors(None, None, total, damping, dtype)  # eigenvectors have files of their own
 
@@ -287,13 +293,26 @@ def _solved(run: Run, *, rows: bool) -> Iterator[Solved]:
 
 
 def _scan_units(run: Run) -> Sequence[str]:
-    return run.shards if run.measures_fidelity else []
+    """Of the scan of sample queries: not one for every shard where these are many, because each unit solves for the queries anew."""
+    count = min(MOST_SCAN_UNITS, run.training.num_shards) if run.measures_fidelity else 0
+    return [f"part-{number:05d}" for number in range(count)]
+
+
+def _scan_size(run: Run, unit: str) -> float:
+    return sum(float(run.training.summary["shards"][shard]) for shard in _shards_of(run, _scan_units(run), unit))
 
 
 def _scan(run: Run, _: Config, unit: str) -> Write:
-    sequences = run.training.shard(_shard_number(unit))
-    scores = np.concatenate([scan_parts(found.vectors, sequences) for found in _solved(run, rows=False)])
-    return lambda directory: np.save(directory / "scores.npy", scores, allow_pickle=False)
+    shards = _shards_of(run, _scan_units(run), unit)
+    starts = run.training.starts - run.training.starts[shards[0]]
+    parts = []
+    for found in _solved(run, rows=False):
+        scores = np.zeros((len(found.log_probabilities), int(starts[shards[-1] + 1])))
+        for attributed, vectors in found.vectors:
+            for shard in shards:
+                scores[:, starts[shard] : starts[shard + 1]] += scan(attributed, vectors, run.training.shard(shard))
+        parts.append(scores)
+    return lambda directory: np.save(directory / "scores.npy", np.concatenate(parts), allow_pickle=False)
 
 
 def _fidelity_units(run: Run) -> Sequence[str]:
@@ -305,8 +324,9 @@ def _fidelity(run: Run, _: Config, unit: str) -> Write:
     queries = sample_queries(run)
     if not queries:
         raise RequestError(f"no training sequence of {run.directory} can be asked as a query any more: set index.recall_queries to 0")
-    run.directory.bring("scans", run.shards)
-    exact = np.concatenate([np.load(run.path_of("scans", shard) / "scores.npy", allow_pickle=False) for shard in run.shards], axis=1)
+    scans = _scan_units(run)
+    run.directory.bring("scans", scans)
+    exact = np.concatenate([np.load(run.path_of("scans", unit) / "scores.npy", allow_pickle=False) for unit in scans], axis=1)
     exact[np.arange(len(queries)), [number for number, _ in queries]] = -np.inf
     rows = np.concatenate([found.rows for found in _solved(run, rows=True) if found.rows is not None])
     trained = np.arange(len(run.store)) < len(run.training) if run.appended else None
@@ -340,7 +360,7 @@ STAGES = (
     Stage(
         name="covariances",
         title="covariances",
-        units=_fit_groups,
+        units=_fit_units,
         work=_covariances,
         size=partial(_fit_size, "covariances"),
         over_sequences=True,
@@ -349,13 +369,13 @@ STAGES = (
     Stage(
         name="eigenvalues",
         title="corrected eigenvalues",
-        units=_fit_groups,
+        units=_fit_units,
         work=_eigenvalues,
         size=partial(_fit_size, "eigenvalues"),
         over_sequences=True,
     ),
     Stage(name="factors", title="factors", units=_everything, work=_factors, needs_model=False),
     Stage(name="rows", title="index rows", units=_shards, work=_rows, size=_shard_size, over_sequences=True),
-    Stage(name="scans", title="exact scan of sample queries", units=_scan_units, work=_scan, size=_shard_size, over_sequences=True),
+    Stage(name="scans", title="exact scan of sample queries", units=_scan_units, work=_scan, size=_scan_size, over_sequences=True),
     Stage(name="fidelity", title="fidelity of the index", units=_fidelity_units, work=_fidelity),
 )

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from ekfac import Coverage
 from influence.batches import batch_budget, in_batches, model_memory
-from influence.calibration import measure, rates_of
+from influence.calibration import Rates, measure, rates_of
 from influence.config import ModelConfig, load_config
 from influence.data_size import SAMPLED_DOCUMENTS, assumed, sampled
 from influence.documents import count_documents, read_documents
@@ -100,12 +100,12 @@ def test_memory_is_that_of_the_run(influence: Influence, world: World, tmp_path:
     assert process.returncode == 0
 
 
-def tiny_plan(world: World, tmp_path: Path, sequences: int = 40, **changes: Any) -> Plan:
+def tiny_plan(world: World, tmp_path: Path, sequences: int = 40, rates: Rates | None = None, **changes: Any) -> Plan:
     flat = {f"{section}.{key}": value for section, keys in world.settings(tmp_path, **changes).items() for key, value in keys.items()}
     config = load_config(None, flat)
     model = model_without_weights(config.model)
     shape = model_shape(model, find_layers(model, config.factors.patterns))
-    return plan(config, shape, assumed(sequences, 20.0, "made up"), rates_of("cpu"), None)
+    return plan(config, shape, assumed(sequences, 20.0, "made up"), rates or rates_of("cpu"), None)
 
 
 def test_the_least_memory_that_is_planned_is_the_least_that_is_accepted(world: World, finished: Path, tmp_path: Path) -> None:
@@ -114,6 +114,16 @@ def test_the_least_memory_that_is_planned_is_the_least_that_is_accepted(world: W
     batch_budget(use, needed, POSITIONS, "cpu")
     with pytest.raises(RequestError, match="memory_budget"):
         batch_budget(use, needed - 1, POSITIONS, "cpu")
+
+
+def test_a_model_larger_than_a_gpu_fits_on_as_many_as_advised(world: World, tmp_path: Path) -> None:
+    small_gpu = replace(rates_of("h100"), memory_bytes=tiny_plan(world, tmp_path).needed_bytes * 2 // 3)
+    too_little = tiny_plan(world, tmp_path, rates=small_gpu, resources={"memory_budget": small_gpu.memory_bytes})
+    changes = " ".join(too_little.problems[0].changes)
+    (gpus,) = map(int, re.findall(r"--gpus-per-worker (\d+) --memory-budget", changes))
+    assert gpus == 2
+    resources = {"memory_budget": gpus * small_gpu.memory_bytes, "gpus_per_worker": gpus}
+    assert "--gpus-per-worker" not in str(tiny_plan(world, tmp_path, rates=small_gpu, resources=resources).problems)
 
 
 def test_a_run_that_is_changed_as_advised_fits(world: World, tmp_path: Path) -> None:
@@ -195,7 +205,7 @@ def test_70_billion_parameters_and_a_billion_sequences_are_planned_in_little_mem
     assert found["parameters"]["total"] == 70_553_706_496
     assert found["stages"]["rows"]["disk_bytes"] > 8192 * 10**9
     assert not found["fits"]
-    assert "the model itself" in found["problems"][0]["changes"][-1]
+    assert re.search(r"--gpus-per-worker \d", found["problems"][0]["changes"][-1])
     assert any("--sequences-per-shard" in change for problem in found["problems"] for change in problem["changes"])
 
 

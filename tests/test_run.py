@@ -21,10 +21,11 @@ from influence.artifacts import read_eigenvalues
 from influence.config import Config, load_config
 from influence.errors import RequestError
 from influence.fidelity import Fidelity
+from influence.run import MOST_FIT_UNITS
 from influence.sequences import TrainingSequence
 from jobs.driver import run_all
 from jobs.executors import OnRay, ray_cluster
-from jobs.stages import MOST_FIT_GROUPS, STAGES, create_run, do_unit, fitted_sequences
+from jobs.stages import STAGES, create_run, do_unit, fitted_sequences
 
 QUERY = ("Oslo lies on the", " Aker. The town")
 
@@ -214,9 +215,24 @@ def test_metadata_never_stands_for_the_score(run: Run) -> None:
 
 def test_more_shards_than_fitting_units_give_the_same_scores(run: Run, world: World, tmp_path: Path) -> None:
     other = run_pipeline(world.settings(tmp_path / "run", data={"sequences_per_shard": 3}))
-    assert other.store.num_shards > MOST_FIT_GROUPS
-    assert len(list((tmp_path / "run" / "covariances").iterdir())) == MOST_FIT_GROUPS
+    assert other.store.num_shards > MOST_FIT_UNITS
+    assert len(list((tmp_path / "run" / "covariances").iterdir())) == MOST_FIT_UNITS
     assert_same_scores(all_scores(run), all_scores(other))
+
+
+def test_a_fit_on_few_sequences_has_few_units(world: World, tmp_path: Path) -> None:
+    few = run_pipeline(world.settings(tmp_path / "run", data={"sequences_per_shard": 8}, factors={"sequences": 12}))
+    assert few.store.num_shards > 2
+    assert len(list((tmp_path / "run" / "covariances").iterdir())) == 2
+
+
+def test_scanning_several_shards_as_one_unit_gives_the_same_fidelity(
+    run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.stages.MOST_SCAN_UNITS", 2)
+    other = run_pipeline(world.settings(tmp_path / "run"))
+    assert len(list((tmp_path / "run" / "scans").iterdir())) == 2 < other.store.num_shards
+    assert other.fidelity == run.fidelity
 
 
 # Ray: one local cluster for all of the tests below, since it takes ten seconds and more to start.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ekfac import Layer, Record, capture, gradient_blocks, true_label_loss
+from ekfac import Layer, Record, capture, gradient_blocks, layer_device, true_label_loss
 from indexing import (
     Encoding,
     FeatureSpec,
@@ -146,7 +146,9 @@ def _projections(run: Run, measurements: Sequence[Measurement], sequences: Seque
     attributed = AttributedModel(model=run.attributed.model, layers=linear, budget=run.attributed.budget, device=run.attributed.device)
     generator = torch.Generator().manual_seed(run.index_config.seed)
     sides = {
-        layer.name: tuple(torch.randn(size, PROJECTED, generator=generator).to(attributed.device) for size in layer.shape)
+        layer.name: tuple(
+            torch.randn(size, PROJECTED, generator=generator).to(layer_device(attributed.model, layer)) for size in layer.shape
+        )
         for layer in linear
     }
     stored = {layer.name: torch.empty(len(sequences), PROJECTED**2) for layer in linear}
