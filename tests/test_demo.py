@@ -1,4 +1,7 @@
-"""The demo as a newcomer runs it, on Ray, in processes of its own: it ends with measured ranks, and again it only prints."""
+"""The demo as a newcomer runs it, in processes of its own: it ends with measured ranks, and again it only prints.
+
+INFLUENCE_TEST_DEMO names the directory of a demo that was just run, so that CI does not train the model twice; left out, it is run here, on Ray.
+"""
 
 import json
 import os
@@ -24,8 +27,8 @@ def changed(directory: Path) -> dict[str, int]:
 
 
 @pytest.mark.timeout(1200)
-def test_demo_measures_ranks_on_ray_and_resumes(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
+def test_demo_measures_ranks_and_resumes(tmp_path: Path) -> None:
+    out = Path(os.environ.get("INFLUENCE_TEST_DEMO", tmp_path / "demo"))
     outcome = demo(out)
     assert set(outcome["ranks"]) == {"ordinary", "swapped"}
     for figures in outcome["ranks"].values():
