@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from ekfac import Layer, Record, as_one_sequence, capture, gradient_blocks, position_inner_products, token_losses, true_label_loss
+from ekfac import Layer, Record, as_one_sequence, capture, gradient_blocks, position_inner_products, token_losses, true_label_loss, weighted
 from indexing import ALIKE, all_duplicates, best
 from influence.attribution import AttributedModel, precondition, query_gradients
 from influence.batches import in_batches
@@ -230,7 +230,7 @@ class _Passes:
 
             def loss(batch: Any = batch, own: list[torch.Tensor] = own) -> torch.Tensor:
                 own.append(token_losses(attributed.model, batch))
-                return own[0].sum()
+                return weighted(own[0], batch).sum()
 
             def consume(layer: Layer, record: Record, columns: dict[str, torch.Tensor] = columns) -> None:
                 columns[layer.name] = position_inner_products(record, vector[layer.name]).double().sum(1)
