@@ -287,7 +287,8 @@ def gradient_sum(
     attributed: AttributedModel, sequences: Sequence[TrainingSequence], advance: Callable[[int], None] = lambda done: None
 ) -> dict[str, torch.Tensor]:
     """Σ ∇L over the sequences, [O, J] by layer: no more than a plain forward and backward pass, because no sequence's own gradient is formed."""
-    totals = {layer.name: torch.zeros(layer.shape, device=attributed.device) for layer in attributed.layers}
+    dtype = torch.promote_types(next(attributed.model.parameters()).dtype, torch.float32)
+    totals = {layer.name: torch.zeros(layer.shape, device=attributed.device, dtype=dtype) for layer in attributed.layers}
     done = 0
 
     def consume(layer: Layer, record: Record) -> None:
