@@ -31,8 +31,12 @@ from influence.config import DataConfig
 from influence.documents import read_documents
 from influence.errors import RequestError
 from influence.model import LanguageModel, check_takes_documents_apart
+from influence.report import words
+from influence.result import InfluenceResult, report_page
 from influence.run import Run, open_run
 from influence.sequences import TrainingSequence, tokenize
+from influence.service.bodies import SequenceFacts
+from influence.service.catalog import OpenedRun, sequence_facts
 from jobs.living import append, erase, remove
 
 CPU = torch.device("cpu")
@@ -181,6 +185,29 @@ def test_answer_names_the_documents_of_a_pack_and_what_each_adds(packed_run: Run
     assert any("Lisbon" in texts[part["id"]] for part in best.documents)
 
 
+def test_page_and_service_say_which_documents_are_in_it(packed_run: Run) -> None:
+    result = packed_run.query("Lisbon lies on the", " Tagus", k=2, exact=True)
+    best = max(result.sequences[0].documents, key=lambda part: abs(part["score"]))
+    told = f"{best['id']}, characters {best['span'][0]} to {best['span'][1]}"
+    page = report_page([result.to_json()], run="run", created="2026-11-22")
+    assert "documents in it" in page
+    assert told in page
+    assert InfluenceResult.from_json(result.to_json()) == result
+    facts = sequence_facts(OpenedRun(name="run", run=packed_run, version=None), result.sequences[0].id)
+    assert facts["documents"] == [{key: part[key] for key in part if key != "score"} for part in result.sequences[0].documents]
+    assert SequenceFacts(**facts).documents == facts["documents"]
+
+
+def test_origin_names_the_part_of_a_document_or_what_each_adds() -> None:
+    part = {"id": "a", "tokens": [0, 9], "span": [1200, 1300], "window": 2, "windows": 3, "score": 0.5}
+    assert words.origin([part]) == "a, characters 1,200 to 1,300, part 2 of 3"
+    assert words.origin([{**part, "window": 1, "windows": 1}]) == ""
+    other = {**part, "id": "b", "span": None, "windows": 1, "score": -2.0}
+    assert words.origin([part, other]) == "b: −2.00; a, characters 1,200 to 1,300, part 2 of 3: +0.500"
+    assert words.origin([part, *[other] * 7]).endswith("; 3 more")
+    assert words.origin([]) == ""
+
+
 def test_score_of_a_document_in_a_pack_is_that_of_the_document_alone(packed_run: Run) -> None:
     found = packed_run.query("Lisbon lies on the", " Tagus", k=3, exact=True).sequences[0]
     factors = packed_run.factors
@@ -196,9 +223,9 @@ def test_score_of_a_document_in_a_pack_is_that_of_the_document_alone(packed_run:
 
 
 def test_packing_here_and_packed_rows_are_the_same_sequences(tmp_path: Path) -> None:
-    words = tokenizer(row["text"] for row in documents())
+    spelling = tokenizer(row["text"] for row in documents())
     text = write_jsonl(tmp_path / "text.jsonl", documents())
-    ours = tokens_of(DataConfig(files=str(text), documents="pack", attention="document", sequence_length=LENGTH), words)
+    ours = tokens_of(DataConfig(files=str(text), documents="pack", attention="document", sequence_length=LENGTH), spelling)
     rows = []
     for one in ours:
         names = [part.document for part in one.parts for _ in range(part.first, part.end)]
@@ -206,7 +233,7 @@ def test_packing_here_and_packed_rows_are_the_same_sequences(tmp_path: Path) -> 
         rows.append({"id": one.id, "ids": one.tokens.tolist(), "names": names, "positions": positions})
     path = write_jsonl(tmp_path / "packed.jsonl", rows)
     for column in ({"document_ids": "names"}, {"position_ids": "positions"}):
-        given = tokens_of(DataConfig(files=str(path), input_ids="ids", attention="document", sequence_length=LENGTH, **column), words)
+        given = tokens_of(DataConfig(files=str(path), input_ids="ids", attention="document", sequence_length=LENGTH, **column), spelling)
         assert [(s.id, s.tokens.tolist(), s.counted.tolist(), list(s.starts)) for s in given] == [
             (s.id, s.tokens.tolist(), s.counted.tolist(), list(s.starts)) for s in ours
         ]
@@ -220,8 +247,8 @@ def test_packing_here_and_packed_rows_are_the_same_sequences(tmp_path: Path) -> 
     assert max(len(found) for found in seen.values()) > 2
 
 
-def tokens_of(config: DataConfig, words: Any) -> list[Any]:
-    return list(tokenize(read_documents(config), words, config))
+def tokens_of(config: DataConfig, spelling: Any) -> list[Any]:
+    return list(tokenize(read_documents(config), spelling, config))
 
 
 def test_packed_run_appends_removes_and_erases_by_document(packed_run: Run, tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ MOST_DOCUMENTS = 5
 def origin(documents: Sequence[Mapping[str, Any]]) -> str:
     """Which part of its document a sequence is: `doc-7, characters 120 to 480, part 2 of 5`; of several packed documents what each adds to the score.
     Empty for a whole document."""
-    if len(documents) == 1:
-        return _place(documents[0]) if documents[0]["windows"] > 1 else ""
+    if len(documents) < 2:
+        return "".join(_place(one) for one in documents if one["windows"] > 1)
     most = sorted(documents, key=lambda one: -abs(one["score"]))[:MOST_DOCUMENTS]
     left = [f"{len(documents) - len(most)} more"] if len(documents) > len(most) else []
     return "; ".join([*(f"{_place(one)}: {signed(one['score'])}" for one in most), *left])
