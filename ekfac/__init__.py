@@ -8,7 +8,17 @@ from ekfac.fit import assemble, covariance_pass, eigenvalue_pass, fit, merge, of
 from ekfac.gauss_newton import Solution, Vectors, conjugate_gradients, gauss_newton_product
 from ekfac.hashing import key_of, keyed_bits, keyed_uniforms
 from ekfac.kronecker import Covariance, Damping, Eigenbasis, EigenvalueSum, LayerFactors, corrected_eigenvalues, eigenbasis, layer_factors
-from ekfac.language import Loss, SequenceBatch, at_counted, counted_losses, drawn_label_loss, token_losses, true_label_loss
+from ekfac.language import (
+    Loss,
+    SequenceBatch,
+    at_counted,
+    counted_losses,
+    drawn_label_loss,
+    sequence_weights,
+    token_losses,
+    true_label_loss,
+    weighted,
+)
 from ekfac.layers import Coverage, Layer, attributable_layers, evaluation_mode, layer_device, matches
 from ekfac.parameters import as_parameters, as_vectors
 from ekfac.record import (
@@ -78,7 +88,9 @@ __all__ = [
     "position_inner_products",
     "reached_positions",
     "sequence_gradients",
+    "sequence_weights",
     "token_loss_derivatives",
     "token_losses",
     "true_label_loss",
+    "weighted",
 ]

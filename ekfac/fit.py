@@ -25,12 +25,15 @@ from ekfac.kronecker import (
     layer_factors,
     output_covariance,
 )
-from ekfac.language import Loss, SequenceBatch, drawn_label_loss
+from ekfac.language import Loss, SequenceBatch, drawn_label_loss, sequence_weights
 from ekfac.layers import Coverage, Layer, attributable_layers
 from ekfac.record import EmbeddingIO, LayerIO, Record
 
 Mask = Callable[[Any], Tensor]
 """batch → [N, T] bool: the positions that the loss reaches."""
+
+Weights = Callable[[Any], Tensor | None]
+"""batch → [N]: how much each sequence counts; None where all count alike."""
 
 
 class _Sum(Protocol):
@@ -51,22 +54,31 @@ def reached_positions(batch: SequenceBatch) -> Tensor:
     return batch.reached
 
 
-def covariance_pass(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any], loss: Loss, mask: Mask) -> dict[str, Covariance]:
-    """The covariances of the layers' inputs and output gradients over the batches, by `Layer.input_name` and `output_name`."""
+def no_weights(_: Any) -> None:
+    """Every sequence counts alike."""
+
+
+def covariance_pass(
+    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any], loss: Loss, mask: Mask, weights: Weights = no_weights
+) -> dict[str, Covariance]:
+    """The covariances of the layers' inputs and output gradients over the batches, by `Layer.input_name` and `output_name`.
+
+    Inputs count by their sequences' `weights`; of output gradients, `loss` sees to it.
+    """
     totals: dict[str, Covariance] = {}
 
-    def consume(layer: Layer, record: Record) -> None:
+    def consume(layer: Layer, record: Record, own: Tensor | None) -> None:
         inputs, outputs = str(layer.input_name), str(layer.output_name)
         if isinstance(record, EmbeddingIO):
             totals[inputs] = feature_covariance(record, totals.get(inputs))
         elif isinstance(record, LayerIO):
             totals[outputs] = output_covariance(record, totals.get(outputs))
             if layer.name == layer.input_group:
-                totals[inputs] = input_covariance(record, totals.get(inputs))
+                totals[inputs] = input_covariance(record, totals.get(inputs), own)
 
     needed = [layer for layer in layers if layer.input_name]
     for batch in batches:
-        capture(model, needed, partial(loss, model, batch), mask(batch), consume)
+        capture(model, needed, partial(loss, model, batch), mask(batch), partial(consume, own=weights(batch)))
     return totals
 
 
@@ -121,9 +133,10 @@ def fit(
     layer's mean corrected eigenvalue when left out. Factors have the dtype of the model, float32 at least. Raises ValueError for a
     model without attributable layers and for values that are not finite.
     """
+    weights: Weights = sequence_weights if loss is None else no_weights
     loss = loss or drawn_label_loss(seed)
     coverage = attributable_layers(model, lambda model: loss(model, batches[0]), layers)
-    covariances = covariance_pass(model, coverage.layers, batches, loss, mask)
+    covariances = covariance_pass(model, coverage.layers, batches, loss, mask, weights)
     dtype = "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
     bases = {name: eigenbasis(covariance, dtype) for name, covariance in covariances.items()}
     vectors = {name: basis.vectors for name, basis in bases.items()}

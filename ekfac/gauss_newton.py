@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ekfac.language import SequenceBatch
+from ekfac.language import SequenceBatch, at_each_counted
 from ekfac.layers import Layer, evaluation_mode
 from ekfac.parameters import as_parameters, as_vectors
 
@@ -21,7 +21,7 @@ Vectors = dict[str, Tensor]
 
 
 def gauss_newton_product(model: nn.Module, layers: Sequence[Layer], batch: SequenceBatch, vectors: Mapping[str, Tensor]) -> Vectors:
-    """Σ over the batch's sequences of J_nᵀ H_n J_n v for each of Q vectors v.
+    """Σ over the batch's sequences of w_n J_nᵀ H_n J_n v for each of Q vectors v, w_n being their weights.
 
     J_n is the Jacobian of the sequence's logits at its counted tokens with respect to the layers' parameters, H_n = diag(p) - p pᵀ at each token the
     Hessian of its cross-entropy. Costs about 4/3 Q + 1/3 times a plain forward and backward pass over the batch.
@@ -31,7 +31,7 @@ def gauss_newton_product(model: nn.Module, layers: Sequence[Layer], batch: Seque
     counted = batch.counted[:, 1:]
 
     def logits(parameters: dict[str, Tensor]) -> Tensor:
-        output: Tensor = functional_call(model, parameters, kwargs={"input_ids": batch.tokens, "use_cache": False}).logits
+        output: Tensor = functional_call(model, parameters, kwargs=batch.inputs).logits
         return output[:, :-1][counted].to(torch.promote_types(output.dtype, torch.float32))
 
     # The fused attention kernels have no forward-mode derivative.
@@ -41,6 +41,8 @@ def gauss_newton_product(model: nn.Module, layers: Sequence[Layer], batch: Seque
         probabilities = values.softmax(-1)
         means = torch.einsum("mv,qmv->qm", probabilities, changes)
         curved = changes.sub_(means[:, :, None]).mul_(probabilities)
+        if batch.weights is not None:
+            curved.mul_(at_each_counted(batch.weights, batch).to(curved)[None, :, None])
         (products,) = vmap(backward)(curved)
     return as_vectors(model, layers, products)
 

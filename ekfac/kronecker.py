@@ -72,10 +72,13 @@ class Damping:
         return self.value * float(xp.mean(eigenvalues))
 
 
-def input_covariance(record: LayerIO, before: Covariance | None = None) -> Covariance:
-    """Σ over counted positions of ā āᵀ with ā = (activation, 1 if there is a bias), [J, J], added to `before`, which may be changed."""
+def input_covariance(record: LayerIO, before: Covariance | None = None, sequence_weights: Array | None = None) -> Covariance:
+    """Σ over counted positions of w ā āᵀ with ā = (activation, 1 if there is a bias) and w the sequence's weight, 1 when left out: [J, J], added to
+    `before`, which may be changed."""
     xp = array_api_compat.array_namespace(record.activations)
     weights = xp.astype(record.mask, record.activations.dtype)[:, :, None]
+    if sequence_weights is not None:
+        weights = weights * xp.astype(xp.sqrt(sequence_weights), weights.dtype)[:, None, None]
     return _covariance([record.activations * weights], weights if record.bias else None, record.mask, before)
 
 

@@ -18,11 +18,17 @@ from ekfac.hashing import keyed_uniforms
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceBatch:
-    """Sequences padded on the right. No attention mask is kept: a causal model's counted positions never see what comes after them."""
+    """Sequences padded on the right. No attention mask is kept: a causal model's counted positions never see what comes after them.
+
+    Where sequences are packed and attention stays within documents, `segments` numbers them from 0 on in each sequence, and padding like one more;
+    the model is told by positions that begin at 0 with each, which is how transformers' models take packed sequences apart.
+    """
 
     tokens: Tensor  # [N, T] int64
     counted: Tensor  # [N, T] bool: this token's log-probability given the tokens before it is part of the loss; never the first
     keys: NDArray[np.uint64]  # [N]: sequence keys, from `key_of` their ids
+    segments: Tensor | None = None  # [N, T] int64, ascending in steps of one; None where attention reaches back to the beginning
+    weights: Tensor | None = None  # [N], at least 0: of each sequence's loss in the training loss; None where all are 1
 
     def __post_init__(self) -> None:
         if bool(self.counted[:, 0].any()):
@@ -30,12 +36,41 @@ class SequenceBatch:
 
     @property
     def reached(self) -> Tensor:
-        """[N, T] bool: the positions that the loss reaches, those before the last counted token."""
-        later = self.counted.flip(1).cumsum(1).flip(1)
-        return torch.cat([later[:, 1:], torch.zeros_like(later[:, :1])], 1) > 0
+        """[N, T] bool: the positions that the loss reaches, those before the last counted token: with segments, before a token that is predicted
+        in their own."""
+        predicts = torch.cat([self.counted[:, 1:], torch.zeros_like(self.counted[:, :1])], 1)
+        later = _sums_from(predicts.long())
+        if self.segments is None:
+            return later > 0
+        of_segment = torch.zeros_like(later).scatter_add(1, self.segments, predicts.long())
+        return later > (_sums_from(of_segment) - of_segment).gather(1, self.segments)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with."""
+        given: dict[str, Any] = {"input_ids": self.tokens, "use_cache": False}
+        return given if self.segments is None else {**given, "position_ids": _positions(self.segments)}
 
     def to(self, device: torch.device) -> "SequenceBatch":
-        return SequenceBatch(tokens=self.tokens.to(device), counted=self.counted.to(device), keys=self.keys)
+        return SequenceBatch(
+            tokens=self.tokens.to(device),
+            counted=self.counted.to(device),
+            keys=self.keys,
+            segments=None if self.segments is None else self.segments.to(device),
+            weights=None if self.weights is None else self.weights.to(device),
+        )
+
+
+def _sums_from(values: Tensor) -> Tensor:
+    """[N, T]: the sum of each row's values from each place on."""
+    return values.flip(1).cumsum(1).flip(1)
+
+
+def _positions(segments: Tensor) -> Tensor:
+    """[N, T]: the number of each position within its segment."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = torch.diff(segments, prepend=segments[:, :1] - 1) != 0
+    return places - (places * begins).cummax(1).values
 
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -43,13 +78,23 @@ Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
 
 def true_label_loss(model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """Cross-entropy of the counted tokens, summed over the batch, in nats."""
-    return token_losses(model, batch).sum()
+    """Cross-entropy of the counted tokens, each sequence's times its weight, summed over the batch, in nats."""
+    return weighted(token_losses(model, batch), batch).sum()
+
+
+def weighted(losses: Tensor, batch: SequenceBatch) -> Tensor:
+    """[N, T]: the losses of tokens, each times its sequence's weight."""
+    return losses if batch.weights is None else losses * batch.weights.to(losses)[:, None]
+
+
+def sequence_weights(batch: SequenceBatch) -> Tensor | None:
+    """[N]: the weights of language-model batches."""
+    return batch.weights
 
 
 def token_losses(model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """[N, T]: minus each counted token's log-probability in nats, zero at the others."""
-    return at_counted(counted_losses(model(input_ids=batch.tokens, use_cache=False).logits, batch), batch)
+    """[N, T]: minus each counted token's log-probability in nats, zero at the others; weights make no difference."""
+    return at_counted(counted_losses(model(**batch.inputs).logits, batch), batch)
 
 
 def counted_losses(logits: Tensor, batch: SequenceBatch) -> Tensor:
@@ -62,14 +107,25 @@ def at_counted(values: Tensor, batch: SequenceBatch) -> Tensor:
     return torch.zeros_like(batch.tokens, dtype=values.dtype).masked_scatter(batch.counted, values)
 
 
+def at_each_counted(values: Tensor, batch: SequenceBatch) -> Tensor:
+    """[M]: the sequences' values [N] at each of the M counted tokens, in row-major order."""
+    return values[:, None].expand(batch.counted.shape)[batch.counted]
+
+
 def drawn_label_loss(seed: int) -> Loss:
-    """The same loss with every counted token replaced by one drawn from the model's own prediction of it."""
+    """The same loss with every counted token replaced by one drawn from the model's own prediction of it, times the root of the sequence's weight.
+
+    Squares of its gradients are those of the loss times the weight, as the Hessian of the weighted loss is.
+    """
 
     def loss(model: nn.Module, batch: SequenceBatch) -> Tensor:
-        log_probabilities = _counted_log_probabilities(model(input_ids=batch.tokens, use_cache=False).logits, batch)
+        log_probabilities = _counted_log_probabilities(model(**batch.inputs).logits, batch)
         uniforms = torch.from_numpy(keyed_uniforms(seed, batch.keys, batch.tokens.shape[1]))
         labels = _draw(log_probabilities.detach(), uniforms.to(batch.tokens.device)[batch.counted])
-        return -log_probabilities.gather(1, labels[:, None]).sum()
+        drawn = log_probabilities.gather(1, labels[:, None])[:, 0]
+        if batch.weights is not None:
+            drawn = drawn * at_each_counted(batch.weights.sqrt(), batch).to(drawn)
+        return -drawn.sum()
 
     return loss
 

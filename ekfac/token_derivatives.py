@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ekfac.language import SequenceBatch, at_counted, counted_losses
+from ekfac.language import SequenceBatch, at_counted, counted_losses, weighted
 from ekfac.layers import Layer, evaluation_mode
 from ekfac.parameters import as_parameters
 
 
 def token_loss_derivatives(model: nn.Module, layers: Sequence[Layer], batch: SequenceBatch, vector: Mapping[str, Tensor]) -> Tensor:
-    """[N, T]: ⟨vector, gradient of the loss of this token⟩ for a vector [O, J] by layer, zero at tokens that are not counted.
+    """[N, T]: ⟨vector, gradient of the loss of this token⟩ for a vector [O, J] by layer, times the sequence's weight, zero where none is counted.
 
     Row sums equal the vector's inner products with the sequences' gradients (Grosse et al. 2023, appendix B, by linearity). Costs two forward passes.
     """
@@ -24,9 +24,9 @@ def token_loss_derivatives(model: nn.Module, layers: Sequence[Layer], batch: Seq
     weights = {name: model.get_parameter(name).detach() for name in tangents}
 
     def losses(parameters: dict[str, Tensor]) -> Tensor:
-        return counted_losses(functional_call(model, parameters, kwargs={"input_ids": batch.tokens, "use_cache": False}).logits, batch)
+        return counted_losses(functional_call(model, parameters, kwargs=batch.inputs).logits, batch)
 
     # The fused attention kernels have no forward-mode derivative.
     with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
         derivatives: Tensor = jvp(losses, (weights,), (tangents,))[1]
-    return at_counted(derivatives, batch)
+    return weighted(at_counted(derivatives, batch), batch)

@@ -151,8 +151,16 @@ def _shapes(run: "Run") -> list[Any]:
 
 def _sequences(run: "Run") -> list[Any]:
     """What tells a run's training sequences from others; metadata and shards make no difference."""
-    made_from, summary = run.description["fingerprints"], run.store.summary
-    return [made_from["data"], made_from["tokenizer"], summary["tokens"], summary["counted_tokens"], run.store.ids]
+    made_from, settings, summary = run.description["fingerprints"], run.description["settings"]["data"], run.store.summary
+    return [
+        settings["weight"],
+        settings["attention"],
+        made_from["data"],
+        made_from["tokenizer"],
+        summary["tokens"],
+        summary["counted_tokens"],
+        run.store.ids,
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,6 +440,7 @@ def _ranked(asked: list[_Asked], measurement: Measurement, lexical: NDArray[np.f
                 id=sequence.id,
                 score=float(by_layer.sum()),
                 text=sequence.text,
+                documents=tuple({**part.to_json(), "score": float(by_token[part.first : part.end].sum())} for part in sequence.parts),
                 metadata=sequence.metadata,
                 layers={layer.name: float(share) for layer, share in zip(layers, by_layer, strict=True)},
                 tokens=[(token, float(share)) for token, share in zip(run.token_texts(sequence.tokens), by_token, strict=True)],

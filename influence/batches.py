@@ -177,4 +177,22 @@ def collate(sequences: Sequence[TrainingSequence], device: torch.device) -> Sequ
         tokens[place, : len(sequence.tokens)] = sequence.tokens
         counted[place, : len(sequence.tokens)] = sequence.counted
     keys = np.array([key_of(sequence.id) for sequence in sequences], dtype=np.uint64)
-    return SequenceBatch(tokens=torch.from_numpy(tokens), counted=torch.from_numpy(counted), keys=keys).to(device)
+    weights = [sequence.weight for sequence in sequences]
+    return SequenceBatch(
+        tokens=torch.from_numpy(tokens),
+        counted=torch.from_numpy(counted),
+        keys=keys,
+        segments=_segments(sequences, length),
+        weights=None if set(weights) == {1.0} else torch.tensor(weights, dtype=torch.float64),
+    ).to(device)
+
+
+def _segments(sequences: Sequence[TrainingSequence], length: int) -> torch.Tensor | None:
+    """[N, length]: the number of each token's document within its sequence, padding being one more; None where attention knows no documents."""
+    if all(sequence.starts is None for sequence in sequences):
+        return None
+    begins = np.zeros((len(sequences), length), dtype=np.int64)
+    for place, sequence in enumerate(sequences):
+        begins[place, [] if sequence.starts is None else sequence.starts] = 1
+        begins[place, len(sequence.tokens) : len(sequence.tokens) + 1] = 1
+    return torch.from_numpy(begins.cumsum(1))

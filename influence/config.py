@@ -61,7 +61,31 @@ class DataConfig(Section):
     text: str = Field("text", description="column of the text; every token is counted")
     prompt: str | None = Field(None, description="column of a prompt that is read but not counted; needs `completion`")
     completion: str | None = Field(None, description="column of the completion, whose tokens are counted; needs `prompt`")
+    messages: str | None = Field(
+        None, description="column of conversations, as the tokenizer's chat template writes them; the assistant's turns are counted"
+    )
+    tools: str | None = Field(None, description="column of the tools that a conversation's template is told of; needs `messages`")
     input_ids: str | None = Field(None, description="column of token ids, instead of text")
+    counted: str | None = Field(None, description="column that says of each token whether it is counted (1 or 0); needs `input_ids`")
+    labels: str | None = Field(
+        None, description="column of labels: the token itself where it is counted, -100 where it is not; needs `input_ids`"
+    )
+    attention_mask: str | None = Field(None, description="column that is 0 at padding, which is taken away; needs `input_ids`")
+    document_ids: str | None = Field(
+        None, description="column that says of each token of a packed row which document it belongs to; needs `input_ids`"
+    )
+    position_ids: str | None = Field(
+        None,
+        description="column of positions that begin at 0 with each document of a packed row; needs `input_ids` and attention: document",
+    )
+    attention: Literal["sequence", "document"] = Field(
+        "sequence",
+        description="what a token of a packed sequence sees: all of the sequence before it, or its own document alone, whose positions begin at 0 "
+        "and whose first token is not counted unless labels say so; take what the model was trained with",
+    )
+    weight: str | None = Field(
+        None, description="column of weights from 0: the training loss is the sum of weight × loss; those of weight 0 are left out"
+    )
     id: str = Field("id", description="column of document ids; the row number where there is none")
     metadata: Names = Field(default_factory=list, description="columns that are kept and shown with each result")
     sequence_length: int = Field(512, ge=2, description="longest sequence in tokens")
@@ -70,14 +94,57 @@ class DataConfig(Section):
         description="a document longer than sequence_length gives several sequences (split) or its beginning (truncate); "
         "pack joins documents by the end-of-text token and cuts them to equal length",
     )
+    overlap: int = Field(
+        0,
+        ge=0,
+        description="how many tokens each sequence of a split document repeats of the one before, as context that is not counted again",
+    )
+    keep_text: bool = Field(
+        True, description="whether text is kept beside tokens; where it is not, what is shown is decoded from the tokens"
+    )
+    streaming: bool = Field(False, description="read a hub data set as it arrives, without keeping a copy; local files are never copied")
     sequences_per_shard: int = Field(512, ge=1, description="how many sequences one unit of work takes; results do not depend on it")
 
     @model_validator(mode="after")
     def one_kind_of_column(self) -> "DataConfig":
         if (self.prompt is None) != (self.completion is None):
             raise ValueError("prompt and completion come together: name both columns or neither")
-        if self.prompt is not None and self.input_ids is not None:
-            raise ValueError("name prompt and completion columns, or an input_ids column, not both")
+        kinds = [name for name in ("prompt", "messages", "input_ids") if getattr(self, name) is not None]
+        if len(kinds) > 1:
+            names = [{"prompt": "prompt and completion"}.get(kind, kind) for kind in kinds]
+            raise ValueError(f"name columns of one kind, {' or '.join(names)}, not both")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("tools are told to a chat template: they go with messages")
+        for name in ("counted", "labels", "attention_mask", "document_ids", "position_ids"):
+            if getattr(self, name) is not None and self.input_ids is None:
+                raise ValueError(f"{name} goes with input_ids: it has a value for each token id")
+        if self.counted is not None and self.labels is not None:
+            raise ValueError("counted and labels say the same: name one of them")
+        return self
+
+    @model_validator(mode="after")
+    def packing_is_said_once(self) -> "DataConfig":
+        rows_are_packed = self.document_ids is not None or self.position_ids is not None
+        if self.document_ids is not None and self.position_ids is not None:
+            raise ValueError("document_ids and position_ids both say where documents begin: name one of them")
+        if rows_are_packed and self.documents == "pack":
+            raise ValueError(
+                "documents: pack joins rows, and rows with document_ids or position_ids are packed already: take split or truncate"
+            )
+        if self.position_ids is not None and self.attention == "sequence":
+            raise ValueError(
+                "position_ids that begin anew are those of a model whose attention stays within documents: set attention: document"
+            )
+        if self.attention == "document" and not rows_are_packed and self.documents != "pack":
+            raise ValueError(
+                "attention: document is for packed sequences: set documents: pack, or name a column document_ids or position_ids"
+            )
+        if self.weight is not None and self.documents == "pack":
+            raise ValueError("weight is that of a sequence, and documents: pack joins documents of several weights: take split or truncate")
+        if self.overlap and self.documents != "split":
+            raise ValueError("overlap is between the sequences of a document that is split: it goes with documents: split")
+        if self.overlap >= self.sequence_length:
+            raise ValueError(f"overlap must be less than sequence_length, {self.sequence_length}")
         return self
 
 

@@ -57,9 +57,10 @@ def _stored(sample: Iterable[Document], more: float, tokenizer: Any, config: Dat
     for part in ("sequences", "lexical"):
         (scratch / part).mkdir()
     start = time.perf_counter()
-    write_sequences(scratch / "sequences", tokenize(sample, tokenizer, config), config.sequences_per_shard)
+    sequences = tokenize(sample, tokenizer, config)
+    write_sequences(scratch / "sequences", sequences, config.sequences_per_shard, keep_text=config.keep_text)
     written = time.perf_counter()
-    store = SequenceStore(scratch / "sequences")
+    store = SequenceStore(scratch / "sequences", decode=lambda tokens: str(tokenizer.decode(tokens)))
     texts = [sequence.text for sequence in store]
     before = time.perf_counter()
     write_lexical(scratch / "lexical", texts)

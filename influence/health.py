@@ -27,6 +27,7 @@ from ekfac import (
     position_inner_products,
     token_losses,
     true_label_loss,
+    weighted,
 )
 from indexing import ALIKE, all_duplicates, best
 from influence.attribution import AttributedModel, precondition, query_gradients
@@ -240,7 +241,7 @@ class _Passes:
 
             def loss(batch: Any = batch, own: list[torch.Tensor] = own) -> torch.Tensor:
                 own.append(token_losses(attributed.model, batch))
-                return own[0].sum()
+                return weighted(own[0], batch).sum()
 
             def consume(layer: Layer, record: Record, columns: dict[str, torch.Tensor] = columns) -> None:
                 columns[layer.name] = position_inner_products(record, vector[layer.name]).double().sum(1).cpu()
@@ -297,7 +298,10 @@ def gradient_sum(
     attributed: AttributedModel, sequences: Sequence[TrainingSequence], advance: Callable[[int], None] = lambda done: None
 ) -> dict[str, torch.Tensor]:
     """Σ ∇L over the sequences, [O, J] by layer: no more than a plain forward and backward pass, because no sequence's own gradient is formed."""
-    totals = {layer.name: torch.zeros(layer.shape, device=layer_device(attributed.model, layer)) for layer in attributed.layers}
+    dtype = torch.promote_types(next(attributed.model.parameters()).dtype, torch.float32)
+    totals = {
+        layer.name: torch.zeros(layer.shape, device=layer_device(attributed.model, layer), dtype=dtype) for layer in attributed.layers
+    }
     done = 0
 
     def consume(layer: Layer, record: Record) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ekfac import SequenceBatch
+from influence.chat import before_reply, check_template, written
 from influence.errors import RequestError
 from influence.sequences import TrainingSequence, encode_pair
 
@@ -147,13 +148,10 @@ def measure_messages(tokenizer: Any, messages: Messages, *, span: SomeSpans | No
     for a tokenizer without a template, a conversation that the template refuses, and one that does not end with the assistant.
     """
     _check_messages(messages)
-    if not getattr(tokenizer, "chat_template", None):
-        raise RequestError("the tokenizer has no chat template, so messages cannot be written as text: give prompt and completion")
-    whole = _templated(tokenizer, messages, False)
-    before = _templated(tokenizer, messages[:-1], True)
-    if not whole.startswith(before):  # a prompt for a reply may open what the reply itself does not have, such as a thought
-        before = _templated(tokenizer, messages[:-1], False)
-    if not whole.startswith(before) or whole == before:
+    check_template(tokenizer)
+    whole = written(tokenizer, messages)
+    before = before_reply(tokenizer, messages[:-1], whole)
+    if before is None:
         raise RequestError("the chat template writes a conversation otherwise once the last turn is there: give prompt and completion")
     completion, spans = whole[len(before) :], None if span is None else spans_of(span)
     part = _query_sequence(tokenizer, before, completion, spans, longest, special_tokens=False)
@@ -169,13 +167,6 @@ def _check_messages(messages: Messages) -> None:
             raise RequestError(f"messages: {expected}; got {message!r}")
     if messages[-1]["role"] != "assistant":
         raise RequestError(f"messages: the last turn is explained, and must be the assistant's, not the {messages[-1]['role']}'s")
-
-
-def _templated(tokenizer: Any, messages: Messages, prompt_for_reply: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt_for_reply)) if messages else ""
-    except Exception as error:  # whatever a template of somebody else's runs into
-        raise RequestError(f"the chat template refuses the conversation: {error}") from None
 
 
 def measure_sequences(sequences: Sequence[TrainingSequence], files: Sequence[str]) -> Measurement:

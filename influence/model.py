@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ekfac import Coverage, attributable_layers
+from ekfac import Coverage, attributable_layers, evaluation_mode
 from influence.config import ModelConfig
 from influence.errors import RequestError
 
@@ -138,10 +138,39 @@ def model_fingerprint(model: nn.Module) -> str:
     return "sha256:" + total.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 over the tokenizer's rules, vocabulary and special tokens."""
-    content = [tokenizer.backend_tokenizer.to_str(), sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())]
+def tokenizer_fingerprint(tokenizer: Any, *, with_template: bool = False) -> str:
+    """sha256 over the tokenizer's rules, vocabulary and special tokens, and its chat template where data are written by it."""
+    content: list[Any] = [
+        tokenizer.backend_tokenizer.to_str(),
+        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+    ]
+    content += [tokenizer.chat_template] if with_template else []
     return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def check_takes_documents_apart(loaded: LanguageModel) -> None:
+    """Raises RequestError for a model whose logits for a packed document, told of by positions that begin anew, are not those of the document alone.
+
+    Tried on two short documents. A few models know no positions, or carry a state from token to token.
+    """
+    model = loaded.model
+    lengths = (3, 5)
+    tokens = torch.arange(1, 1 + sum(lengths), device=loaded.device)[None] % embedded_tokens(model)
+    positions = torch.cat([torch.arange(length, device=loaded.device) for length in lengths])[None]
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            packed = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+            alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in torch.split(tokens, lengths, 1)], 1)
+    except TypeError:
+        raise RequestError(
+            "data.attention is document, but the model does not take position_ids: it cannot keep packed documents apart"
+        ) from None
+    coarse = max(torch.finfo(packed.dtype).eps, torch.finfo(torch.float32).eps)  # norms of models in float64 may be in float32
+    if float((packed - alone).abs().max()) > coarse**0.5 * float(alone.abs().max()):
+        raise RequestError(
+            "data.attention is document, but the model does not keep packed documents apart (their logits are not those of each alone): "
+            "attention: sequence explains it as it computes"
+        )
 
 
 def longest_sequence(model: nn.Module) -> int | None:

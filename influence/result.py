@@ -22,6 +22,7 @@ class RankedSequence:
     bm25_rank: int | None
     duplicates: tuple[tuple[str, float], ...] = ()  # (id, score) of near-duplicates, which rank with it and are not shown
     runs: dict[str, float] = field(default_factory=dict)  # the score by each run, in their order, when several were averaged
+    documents: tuple[dict[str, Any], ...] = ()  # what stands in it, in order: id, tokens, span, window, windows, score
     verbatim: int | None = None  # how many of the completion's counted tokens, in a row, it holds; None where there is no one completion
 
     def to_json(self) -> dict[str, Any]:
@@ -30,6 +31,7 @@ class RankedSequence:
             "id": self.id,
             "score": self.score,
             "text": self.text,
+            "documents": list(self.documents),
             "metadata": self.metadata,
             "layers": self.layers,
             "tokens": [list(token) for token in self.tokens],
@@ -45,6 +47,7 @@ class RankedSequence:
             **{
                 **value,
                 "tokens": [(token, share) for token, share in value["tokens"]],
+                "documents": tuple(value.get("documents", ())),
                 "duplicates": tuple((one["id"], one["score"]) for one in value["duplicates"]),
             }
         )

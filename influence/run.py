@@ -128,7 +128,11 @@ class Run:
     @cached_property
     def training(self) -> SequenceStore:
         """The sequences that the model was trained on: N and everything that is fitted or sampled is of them."""
-        return SequenceStore(self.path_of("sequences"))
+        return self.store_of(self.path_of("sequences"))
+
+    def store_of(self, *directories: Path) -> SequenceStore:
+        """The sequences of these directories; their text is decoded from tokens where it was not kept."""
+        return SequenceStore(*directories, decode=lambda tokens: str(self.tokenizer.decode(tokens)))
 
     @cached_property
     def store(self) -> SequenceStore:
@@ -137,12 +141,12 @@ class Run:
             return self.training
         prints = self.fingerprints
         parts = [self.path_of("sequences", part.name, appended_fingerprint(prints, part.data)) for part in self.appended]
-        return SequenceStore(self.path_of("sequences"), *parts)
+        return self.store_of(self.path_of("sequences"), *parts)
 
     @cached_property
     def tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.model_config)
-        self._check_same("tokenizer", tokenizer_fingerprint(tokenizer))
+        self._check_same("tokenizer", self._tokenizer_fingerprint(tokenizer))
         return tokenizer
 
     @cached_property
@@ -150,8 +154,12 @@ class Run:
         """The model. Raises RequestError when its weights are not those that the run was made with."""
         loaded = load_model(self.model_config, self.memory_budget)
         self._check_same("model", model_fingerprint(loaded.model))
-        self._check_same("tokenizer", tokenizer_fingerprint(loaded.tokenizer))
+        self._check_same("tokenizer", self._tokenizer_fingerprint(loaded.tokenizer))
         return loaded
+
+    def _tokenizer_fingerprint(self, tokenizer: Any) -> str:
+        with_template = self.description["settings"]["data"]["messages"] is not None
+        return tokenizer_fingerprint(tokenizer, with_template=with_template)
 
     def _check_same(self, what: str, found: str) -> None:
         expected = self.description["fingerprints"][what]
@@ -391,8 +399,8 @@ class Run:
 
     def measure_data(self, files: Sequence[str]) -> Measurement:
         """The mean log-probability of a counted token of a data set: minus its loss. The files are of the same form as the run's own, but for
-        metadata, and are cut into sequences as these are."""
-        settings = {**self.description["settings"]["data"], "metadata": [], "files": [absolute(name) for name in files]}
+        metadata and weights, and are cut into sequences as these are."""
+        settings = {**self.description["settings"]["data"], "metadata": [], "weight": None, "files": [absolute(name) for name in files]}
         config = DataConfig(**settings)
         return measure_sequences(list(tokenize(read_documents(config), self.tokenizer, config)), config.files)
 

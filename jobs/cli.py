@@ -450,6 +450,8 @@ def _print_result(result: InfluenceResult, tokens: bool, bm25: bool) -> None:
     table = Table("rank", f"score ({result.unit})", "id", *(["bm25"] if bm25 else []), "text", show_lines=tokens)
     for sequence in result.sequences:
         text = _coloured(sequence.tokens, largest) if tokens else Text(" ".join(sequence.text.split())[:200])
+        if origin := words.origin(sequence.documents):
+            text += Text(f" ({origin})", style="dim")
         if sequence.duplicates:
             names = ", ".join(name for name, _ in sequence.duplicates[:3]) + (", …" if len(sequence.duplicates) > 3 else "")
             text += Text(f" (with {len(sequence.duplicates)} near-duplicates: {names})", style="dim")

@@ -50,15 +50,23 @@ def run_all(config: Config, until: str | None = None) -> Run:
             if executor is None:
                 executor = _executor(config, run, stack)
             _do_stage(stage, units, missing, run, executor)
-        left_out = run.training.summary["num_left_out"]
-        if left_out:
-            some = ", ".join(run.training.summary["left_out"][:3]) + (", …" if left_out > 3 else "")
-            noun = "sequence" if left_out == 1 else "sequences"
-            say(f"left out {left_out} {noun} without a counted token (nothing in them is predicted): {some}")
+        if left_out := told_left_out(run.training.summary):
+            say(left_out)
     if isinstance(executor, OnRay):
         with run.directory.exclusive():  # which clears what workers that were ended left half-written
             pass
     return run
+
+
+def told_left_out(summary: Mapping[str, Any]) -> str | None:
+    """What is not in the run of the data, and why, in one line; None where everything is."""
+    count, weightless = summary["num_left_out"], summary["num_weightless"]
+    if not count:
+        return None
+    reasons = ["without a counted token (nothing in them is predicted)"] if weightless < count else []
+    reasons += [f"{'' if weightless == count else f'{weightless} '}of weight 0"] if weightless else []
+    some = ", ".join(summary["left_out"][:3]) + (", …" if count > 3 else "")
+    return f"left out {count} sequence{'s' if count > 1 else ''} {' or '.join(reasons)}: {some}"
 
 
 def _executor(config: Config, run: Run, stack: ExitStack) -> Executor:

@@ -23,8 +23,8 @@ from influence.lexical import write_lexical
 from influence.living import Appended, Living
 from influence.run import Run, row_units
 from influence.run_directory import digest
-from influence.sequences import SequenceStore, tokenize, write_erased, write_sequences
-from jobs.driver import stage_states
+from influence.sequences import tokenize, write_erased, write_sequences
+from jobs.driver import stage_states, told_left_out
 from jobs.progress import bar, say
 from jobs.stages import rows_of
 
@@ -49,11 +49,11 @@ def append(run: Run, files: Sequence[str]) -> dict[str, Any]:
                 sequences = tokenize(_not_taken(documents, taken), run.tokenizer, config)
                 if config.documents == "pack":  # their ids are numbers of their own
                     sequences = (replace(sequence, id=f"{name}:{sequence.id}") for sequence in sequences)
-                write_sequences(directory, sequences, config.sequences_per_shard, taken)
+                write_sequences(directory, sequences, config.sequences_per_shard, taken, keep_text=config.keep_text)
 
             run.directory.write_unit("sequences", name, fingerprint, write)
         _clear(run, but=name)
-        added = SequenceStore(run.directory.unit_path("sequences", name))
+        added = run.store_of(run.directory.unit_path("sequences", name))
         with bar("rows of the appended sequences") as progress:
             for shard, unit in enumerate(row_units(name, added)):
                 progress.advance(shard, added.num_shards)
@@ -62,8 +62,8 @@ def append(run: Run, files: Sequence[str]) -> dict[str, Any]:
             progress.advance(added.num_shards, added.num_shards)
         after = living.with_appended(Appended(name=name, data=data, num_sequences=len(added)))
         run.directory.write_living(_with_lexical(run, after, (sequence.text for sequence in chain(run.store, added))))
-    if added.summary["num_left_out"]:
-        say(f"left out {added.summary['num_left_out']} sequences without a counted token")
+    if left_out := told_left_out(added.summary):
+        say(left_out)
     return {"appended": len(added), "sequences": len(run.store) + len(added), "removed": len(after.removed)}
 
 
@@ -90,11 +90,7 @@ def _check_new(run: Run, living: Living, data: str) -> None:
 
 def _names(run: Run) -> list[tuple[str, ...]]:
     """Of every sequence: its id and those of the documents in it."""
-    if run.description["settings"]["data"]["documents"] == "pack":
-        documents = [metadata.get("documents", []) for metadata in run.store.metadata()]
-    else:
-        documents = [[name] for name in run.store.documents]
-    return [(name, *others) for name, others in zip(run.store.ids, documents, strict=True)]
+    return [(name, *others) for name, others in zip(run.store.ids, run.store.documents_in(), strict=True)]
 
 
 def _next_number(names: Iterable[tuple[str, ...]]) -> int:
@@ -200,7 +196,8 @@ def _prepare_erased(run: Run, living: Living, pending: Collection[int]) -> Livin
         source, new = run.directory.unit_path(stage, unit), f"{unit}-erased-{digest(sorted(own)).removeprefix('sha256:')[:12]}"
         fingerprint = run.directory.fingerprint_of(stage, unit)
         if not run.directory.is_done(stage, new, fingerprint):
-            write = write_erased if stage == "sequences" else _write_erased_rows
+            keep_text = bool(run.description["settings"]["data"]["keep_text"])
+            write = partial(write_erased, keep_text=keep_text) if stage == "sequences" else _write_erased_rows
             run.directory.write_unit(stage, new, fingerprint, partial(write, source=source, erased=own))
         replaced[f"{stage}/{unit}"] = new
     after = replace(living, erased=living.removed, replaced=replaced)

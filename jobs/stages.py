@@ -26,6 +26,7 @@ from ekfac import (
     eigenvalue_pass,
     layer_factors,
     reached_positions,
+    sequence_weights,
 )
 from indexing import row_scores
 from influence import optimizer_state
@@ -41,6 +42,7 @@ from influence.artifacts import (
 )
 from influence.attribution import scan
 from influence.batches import in_batches
+from influence.chat import check_template
 from influence.config import Config
 from influence.documents import data_fingerprint, read_documents
 from influence.errors import RequestError
@@ -49,6 +51,7 @@ from influence.lexical import write_lexical
 from influence.measurement import Measurement
 from influence.model import (
     LanguageModel,
+    check_takes_documents_apart,
     embedded_tokens,
     find_layers,
     load_model,
@@ -95,6 +98,10 @@ def create_run(config: Config) -> None:
         raise RequestError(
             f"the tokenizer at {config.model.name} has {len(loaded.tokenizer)} tokens, but the model knows {known}: they do not belong together"
         )
+    if config.data.messages is not None:
+        check_template(loaded.tokenizer)
+    if config.data.attention == "document":
+        check_takes_documents_apart(loaded)
     if config.factors.damping == "optimizer" and not (Path(config.model.name) / optimizer_state.FILE).is_file():
         raise RequestError(
             f"factors.damping is optimizer, but there is no {optimizer_state.FILE} in {config.model.name}: "
@@ -105,7 +112,7 @@ def create_run(config: Config) -> None:
             "settings": config.identity(),
             "fingerprints": {
                 "model": model_fingerprint(loaded.model),
-                "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
+                "tokenizer": tokenizer_fingerprint(loaded.tokenizer, with_template=config.data.messages is not None),
                 "data": data,
             },
             "sources": {"model": config.model.name, "revision": config.model.revision, "files": config.data.files},
@@ -144,7 +151,7 @@ def _shard_size(run: Run, unit: str) -> float:
 def _sequences(run: Run, config: Config, _: str) -> Write:
     def write(directory: Path) -> None:
         sequences = tokenize(read_documents(config.data), run.tokenizer, config.data)
-        write_sequences(directory, sequences, config.data.sequences_per_shard)
+        write_sequences(directory, sequences, config.data.sequences_per_shard, keep_text=config.data.keep_text)
 
     return write
 
@@ -198,7 +205,7 @@ def _covariances(run: Run, _: Config, unit: str) -> Write:
     def write(directory: Path) -> None:
         for part in run.parts():
             batches = _fit_batches(run, "covariances", unit)
-            write_covariances(directory, covariance_pass(part.model, part.layers, batches, loss, reached_positions))
+            write_covariances(directory, covariance_pass(part.model, part.layers, batches, loss, reached_positions, sequence_weights))
 
     return write
 

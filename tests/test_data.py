@@ -18,7 +18,7 @@ from small_run import END, documents, tokenizer, write_jsonl
 from influence.config import DataConfig
 from influence.documents import read_documents
 from influence.errors import RequestError
-from influence.sequences import SequenceStore, TrainingSequence, encode_pair, tokenize, write_sequences
+from influence.sequences import SequenceStore, TrainingSequence, encode_pair, tokenize, write_erased, write_sequences
 
 ROWS = [
     {"id": "first", "text": 'Commas, "quotes" and\ttabs.', "year": 1999},
@@ -44,7 +44,19 @@ def sequences(words: Any, path: Path | list[Path], **settings: Any) -> list[Trai
 
 
 def content(found: list[TrainingSequence], ids: bool = True) -> list[tuple[Any, ...]]:
-    return [(s.id if ids else None, s.tokens.tolist(), s.counted.tolist(), s.text, s.metadata) for s in found]
+    return [
+        (
+            s.id if ids else None,
+            s.tokens.tolist(),
+            s.counted.tolist(),
+            s.text,
+            s.metadata,
+            [{**vars(part), "document": part.document if ids else None} for part in s.parts],
+            None if s.starts is None else s.starts.tolist(),
+            s.weight,
+        )
+        for s in found
+    ]
 
 
 def write_csv(path: Path, delimiter: str) -> None:
@@ -70,9 +82,16 @@ def gzipped(path: Path) -> None:
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
 
 
+def zstandard(path: Path) -> None:
+    """As shards of corpora are: frames one after another."""
+    lines = [json.dumps(row) + "\n" for row in ROWS]
+    path.write_bytes(b"".join(pa.compress("".join(some).encode(), "zstd", asbytes=True) for some in (lines[:3], lines[3:])))
+
+
 FORMATS: dict[str, Callable[[Path], Any]] = {
     "train.json": lambda path: write_jsonl(path, ROWS),
     "train.jsonl.gz": gzipped,
+    "train.jsonl.zst": zstandard,
     "bom.jsonl": lambda path: path.write_text("\ufeff\n" + "\n".join(json.dumps(row) for row in ROWS) + "\n\n", encoding="utf-8"),
     "train.csv": lambda path: write_csv(path, ","),
     "train.tsv": lambda path: write_csv(path, "\t"),
@@ -117,6 +136,15 @@ def test_files_are_read_in_the_order_they_are_given(words: Any, tmp_path: Path) 
     assert [s.id for s in found] == [row["id"] for row in [*ROWS[1::2], *ROWS[0::2]]]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_paragraphs_of_a_long_file_are_those_of_the_whole(end: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    pieces = ["a" * length + end * breaks for length, breaks in generator.integers(0, [4000, 5], (1500, 2))]
+    (tmp_path / "train.txt").write_text("".join(pieces), newline="")  # three blocks of a mebibyte
+    expected = [one for one in "".join(pieces).replace("\r\n", "\n").split("\n\n") if one.strip()]
+    assert [one.text for one in read_documents(config(tmp_path / "train.txt", sample_by="paragraph"))] == expected
+
+
 def test_long_csv_fields_are_read_whole(words: Any, tmp_path: Path) -> None:
     text = "Lisbon lies on the Tagus. " * 8000
     (tmp_path / "train.csv").write_text(f"id,text\n1,{text}\n")
@@ -155,6 +183,60 @@ def test_token_ids_are_taken_as_they_are(words: Any, tmp_path: Path) -> None:
         ]
 
 
+PADDED = {"ids": [0, 0, 5, 6, 7, 8], "mask": [0, 0, 1, 1, 1, 1]}
+
+
+def test_padding_is_taken_away_on_either_side(words: Any, tmp_path: Path) -> None:
+    rows = [
+        PADDED,
+        {"ids": PADDED["ids"][::-1], "mask": PADDED["mask"][::-1]},
+        {"ids": [9, 10], "mask": [True, True]},
+        {"ids": [3], "mask": [0]},
+    ]
+    found = sequences(words, write_jsonl(tmp_path / "a.jsonl", rows), input_ids="ids", attention_mask="mask")
+    assert [s.tokens.tolist() for s in found] == [[5, 6, 7, 8], [8, 7, 6, 5], [9, 10]]
+
+
+def test_labels_and_masks_say_what_is_counted(words: Any, tmp_path: Path) -> None:
+    rows = [{**PADDED, "labels": [-100, -100, -100, 6, -100, 8], "mine": [0, 0, 1, 1, 0, 1]}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    for column in ({"labels": "labels"}, {"counted": "mine"}):
+        (found,) = sequences(words, path, input_ids="ids", attention_mask="mask", **column)
+        assert found.counted.tolist() == [False, True, False, True]
+        first, second = sequences(words, path, input_ids="ids", attention_mask="mask", sequence_length=3, **column)
+        assert [first.counted.tolist(), second.counted.tolist()] == [[False, True, False], [False]]
+        assert (second.parts[0].characters, second.parts[0].window, second.parts[0].windows) == (None, 2, 2)
+
+
+WRONG_ROWS = [
+    ({}, {"ids": [5, 320]}, "token id 320 is not one of the 320 that the tokenizer knows, 0 to 319"),
+    ({}, {"ids": [5, -1]}, "column 'ids' must hold a list of token ids"),
+    ({}, {"ids": [5, 1.5]}, "column 'ids' must hold a list of token ids"),
+    ({}, {"ids": None}, "column 'ids' must hold a list"),
+    ({}, {"other": [1]}, "no column 'ids'; there are: other"),
+    (
+        {"labels": "l"},
+        {"ids": [5, 6], "l": [6, -100]},
+        "column 'l' holds 6 at token 0, which is 5: a label is the token itself, not shifted",
+    ),
+    ({"labels": "l"}, {"ids": [5, 6], "l": [5]}, "column 'l' has 1 values for 2 token ids"),
+    ({"counted": "c"}, {"ids": [5, 6], "c": [1, 2]}, "column 'c' must hold 1 or 0 for each token, not 2"),
+    (
+        {"attention_mask": "m"},
+        {"ids": [5, 6, 7], "m": [1, 0, 1]},
+        "column 'm' is 0 between tokens: padding stands before a sequence or after it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "row", "message"), WRONG_ROWS)
+def test_tokens_that_cannot_be_are_refused_by_file_and_row(settings: Any, row: Any, message: str, words: Any, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"ids": [1, 2], "l": [1, 2], "c": [1, 1], "m": [1, 1]}, row])
+    with pytest.raises(RequestError) as refusal:
+        sequences(words, path, input_ids="ids", **settings)
+    assert f"{path}, row 1: {message}" in str(refusal.value)
+
+
 # cutting
 
 
@@ -171,6 +253,39 @@ def test_split_loses_no_token_and_no_letter(length: int, words: Any, tmp_path: P
         if row["text"].isascii():  # otherwise two chunks may share a character whose bytes are different tokens
             assert "".join(s.text for s in chunks) == row["text"]
             assert [words.decode(s.tokens) for s in chunks] == [s.text for s in chunks]
+
+
+@pytest.mark.parametrize("length", [5, 16, 1000])
+def test_every_window_knows_its_document_and_the_characters_it_spans(length: int, words: Any, tmp_path: Path) -> None:
+    texts = {row["id"]: row["text"] for row in ROWS}
+    found = sequences(words, write_jsonl(tmp_path / "train.jsonl", ROWS), sequence_length=length)
+    for name, text in texts.items():
+        windows = [s for s in found if s.document == name]
+        assert [s.parts[0].window for s in windows] == list(range(1, len(windows) + 1))
+        for window in windows:
+            (part,) = window.parts
+            assert (part.document, part.first, part.end, part.windows) == (name, 0, len(window.tokens), len(windows))
+            assert part.characters is not None
+            assert text[slice(*part.characters)] == window.text
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"id": row["id"], "p": row["text"][:9], "c": row["text"][9:]} for row in ROWS])
+    both = sequences(words, pairs, prompt="p", completion="c", sequence_length=length)
+    assert [s.parts for s in both] == [s.parts for s in found]  # of prompt and completion together
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(7, 1), (7, 3), (16, 15), (1000, 4)])
+def test_overlap_is_context_and_every_token_but_the_first_counts_once(length: int, overlap: int, words: Any, tmp_path: Path) -> None:
+    rows = [*ROWS, *({"id": f"short-{n}", "text": "no" + " Nobody" * n} for n in range(8))]
+    found = sequences(words, write_jsonl(tmp_path / "train.jsonl", rows), sequence_length=length, overlap=overlap)
+    for row in rows:
+        tokens, windows = words(row["text"])["input_ids"], [s for s in found if s.document == row["id"]]
+        counts, place = np.zeros(len(tokens), dtype=int), 0
+        for number, window in enumerate(windows):
+            assert window.tokens.tolist() == tokens[place : place + length]
+            assert (window.parts[0].window, window.parts[0].windows) == (number + 1, len(windows))
+            counts[place : place + len(window.tokens)] += window.counted
+            assert window.counted.any() or len(tokens) == 1
+            place += length - overlap
+        assert counts.tolist() == [0, *[1] * (len(tokens) - 1)]
 
 
 def test_truncate_keeps_the_beginning_of_each_document(words: Any, tmp_path: Path) -> None:
@@ -216,6 +331,21 @@ def test_store_gives_back_what_was_written_whatever_the_shard_size(per_shard: in
         store[len(store)]
 
 
+def test_text_that_is_not_kept_is_decoded_from_the_tokens(words: Any, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [row for row in ROWS if row["text"].isascii()])  # no window ends within a character
+    for name, keep in (("with", True), ("without", False)):
+        (tmp_path / name).mkdir()
+        write_sequences(tmp_path / name, sequences(words, path, keep_text=keep), 4, keep_text=keep)
+    stored = pa.parquet.read_table(tmp_path / "without/part-00000.parquet")
+    assert stored["text"].null_count == len(stored)
+    store = SequenceStore(tmp_path / "without", decode=words.decode)
+    assert content(list(store)) == content(list(SequenceStore(tmp_path / "with")))
+    (tmp_path / "erased").mkdir()
+    write_erased(tmp_path / "erased", tmp_path / "without", {0, 2}, keep_text=False)
+    erased = SequenceStore(tmp_path / "erased", decode=words.decode)
+    assert [s.text for s in erased] == ["" if number in (0, 2) else s.text for number, s in enumerate(store)]
+
+
 def test_sequences_without_counted_tokens_are_left_out_and_named(words: Any, tmp_path: Path) -> None:
     rows = [{"id": "one", "text": "x"}, *ROWS, {"id": "none", "text": ""}]
     write_sequences(tmp_path, sequences(words, write_jsonl(tmp_path / "train.jsonl", rows), sequence_length=64), 4)
@@ -245,6 +375,8 @@ BROKEN = [
     ("a.jsonl.gz", b"garbage", "a.jsonl.gz cannot be read as text: Not a gzipped file"),
     ("a.txt", b"\xff\xfe", "a.txt cannot be read as text: 'utf-8' codec can't decode"),
     ("a.txt.gz", gzip.compress(b"Lisbon lies. " * 50, mtime=0)[:-12], "a.txt.gz cannot be read as text: Compressed file ended"),
+    ("a.jsonl.zst", b"garbage", "a.jsonl.zst cannot be read as text: ZSTD decompress failed"),
+    ("a.jsonl.zst", pa.compress(b'{"text": "x"}' * 99, "zstd", asbytes=True)[:-5], "a.jsonl.zst cannot be read as text: Truncated"),
     ("a.parquet", b"garbage", "a.parquet is not a whole parquet file"),
     ("a.parquet", b"", "a.parquet is not a whole parquet file"),
     ("a.arrow", b"garbage", "a.arrow is not a whole arrow file"),

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ekfac import SequenceBatch, key_of, keyed_bits, token_losses
+from ekfac import SequenceBatch, key_of, keyed_bits, token_losses, true_label_loss
 from influence.batches import collate
 from influence.errors import RequestError
 from influence.measurement import Measurement
@@ -48,7 +48,7 @@ def random_half(ids: Sequence[str], subset: int) -> NDArray[np.bool_]:
 
 
 def fine_tuned(base: nn.Module, sequences: Sequence[TrainingSequence], settings: RetrainingSettings, seed: int) -> nn.Module:
-    """A copy of `base` trained on `sequences`: in each step on the mean loss over the counted tokens of a batch.
+    """A copy of `base` trained on `sequences`: in each step on the mean loss over the counted tokens of a batch, each sequence's times its weight.
 
     `seed` governs the order of the batches, and dropout where the model has any; torch's random state is left as it was.
     """
@@ -63,7 +63,7 @@ def fine_tuned(base: nn.Module, sequences: Sequence[TrainingSequence], settings:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(step, num_steps, settings.warmup_share)
             optimizer.zero_grad(set_to_none=True)
-            (token_losses(model, batch).sum() / batch.counted.sum()).backward()  # type: ignore[no-untyped-call]
+            (true_label_loss(model, batch) / batch.counted.sum()).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return model.eval()
 

@@ -210,6 +210,11 @@ def _sequence(
     label = str(result.get("rank", place))
     bm25 = result.get("bm25_rank")
     metadata = dict(result.get("metadata") or {})
+    documents = result.get("documents") or ()
+    if origin := words.origin(documents):
+        if len(documents) > 1:
+            metadata.pop("documents", None)  # their ids, which `origin` has
+        metadata["documents in it" if len(documents) > 1 else "part of"] = origin
     if duplicates := result.get("duplicates"):
         how_many = f"{len(duplicates)} near-duplicate{'s' if len(duplicates) > 1 else ''}, not shown"
         metadata[how_many] = ", ".join(str(duplicate["id"]) for duplicate in duplicates)

@@ -51,6 +51,26 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+MOST_DOCUMENTS = 5
+"""Of a packed sequence, those that add most are named."""
+
+
+def origin(documents: Sequence[Mapping[str, Any]]) -> str:
+    """Which part of its document a sequence is: `doc-7, characters 120 to 480, part 2 of 5`; of several packed documents what each adds to the score.
+    Empty for a whole document."""
+    if len(documents) < 2:
+        return "".join(_place(one) for one in documents if one["windows"] > 1)
+    most = sorted(documents, key=lambda one: -abs(one["score"]))[:MOST_DOCUMENTS]
+    left = [f"{len(documents) - len(most)} more"] if len(documents) > len(most) else []
+    return "; ".join([*(f"{_place(one)}: {signed(one['score'])}" for one in most), *left])
+
+
+def _place(part: Mapping[str, Any]) -> str:
+    span = [f"characters {part['span'][0]:,} to {part['span'][1]:,}"] if part["span"] else []
+    window = [f"part {part['window']} of {part['windows']}"] if part["windows"] > 1 else []
+    return ", ".join([str(part["id"]), *span, *window])
+
+
 def tail_share(tail: Sequence[Sequence[float]], fraction: float) -> float | None:
     """The share of positive influence carried by the top `fraction` of sequences, by linear interpolation between the points of
     `tail`; None where its points begin later."""

@@ -238,6 +238,10 @@ class SequenceFacts(BaseModel):
     metadata: dict[str, Any]
     num_tokens: int
     document: str
+    documents: list[dict[str, Any]] = Field(
+        description="what stands in it, in order: id; tokens of the sequence, [first, last + 1]; span, the same of characters of the document, null "
+        "where it came as token ids; window and windows, which of the document's sequences it is, of how many"
+    )
     sequences_of_document: list[str]
 
 

@@ -62,8 +62,9 @@ class OpenedRun:
     def documents(self) -> dict[str, list[int]]:
         """Numbers of each document's sequences."""
         found: dict[str, list[int]] = {}
-        for number, name in enumerate(self.run.store.documents):
-            found.setdefault(name, []).append(number)
+        for number, names in enumerate(self.run.store.documents_in()):
+            for name in names:
+                found.setdefault(name, []).append(number)
         return found
 
 
@@ -292,6 +293,7 @@ def sequence_facts(opened: OpenedRun, name: str) -> dict[str, Any]:
         "metadata": found.metadata,
         "num_tokens": len(found.tokens),
         "document": found.document,
+        "documents": [part.to_json() for part in found.parts],
         "sequences_of_document": [run.store.ids[other] for other in opened.documents[found.document] if live[other]],
     }
 

@@ -15,10 +15,20 @@ export function ranked(run, sequences, unit, scale, anchor, note = () => null) {
   return html("ol", { class: "sequences" }, ...sequences.map((one) => html("li", { id: `${anchor}-${one.rank}`, tabindex: -1, "data-id": one.id },
     meter(one.score, scale.score),
     html("header", {}, html("span", { class: "rank" }, one.rank), html("b", { class: one.score < 0 ? "minus" : "plus" }, signed(one.score), " ", html("small", {}, unit)),
-      name(run, one.id), metadata(one.metadata), one.bm25_rank ? html("span", {}, `BM25 rank ${whole(one.bm25_rank)}`) : null, byRun(one), note(one.id)),
+      name(run, one.id), metadata(one.metadata), one.bm25_rank ? html("span", {}, `BM25 rank ${whole(one.bm25_rank)}`) : null, one.documents?.length === 1 ? origin(one.documents, unit) : null, byRun(one), note(one.id)),
     ...(one.text ? highlighted(one, scale.token, unit) : [html("p", { class: "none" }, "(no text)")]),
     bars(one, scale.layer, unit),
+    one.documents?.length > 1 ? origin(one.documents, unit) : null,
     duplicates(run, one, unit))));
+}
+
+// Which part of its document a sequence is, or which documents are in it and what each adds; nothing of a whole document.
+function origin(parts, unit) {
+  if (!parts?.length || (parts.length === 1 && parts[0].windows === 1)) return null;
+  const place = (part) => [part.id, part.span ? `characters ${whole(part.span[0])}–${whole(part.span[1])}` : null, part.windows > 1 ? `part ${part.window} of ${part.windows}` : null].filter(Boolean).join(", ");
+  if (parts.length === 1) return html("span", {}, html("i", {}, "part of"), ` ${place(parts[0])}`);
+  return html("details", { class: "folded" }, html("summary", {}, `${parts.length} documents in it`),
+    html("ul", {}, ...parts.map((part) => html("li", {}, `${place(part)}: ${signed(part.score)} ${unit}`))));
 }
 
 // The score by each run, when several were averaged.
