@@ -173,6 +173,8 @@ def feature_rows(
     def consume(layer: Layer, record: Record) -> None:
         factor, spreader = factors[layer.name], signs[layer.name]
         for rows, rotated in gradient_blocks(record, factor.input_vectors, factor.output_vectors):
+            if rotated.shape[1] == 0:  # of an expert that no token reached
+                continue
             spreader.add(made, rows, rotated)
             for n, gradient in enumerate(rotated):
                 self_influence[n] += gradient.square_().flatten() @ spreader.inverse[rows].flatten()

@@ -45,6 +45,8 @@ def load_model(config: ModelConfig) -> LanguageModel:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise RequestError(f"the model's weights are not finite: {name} holds NaN or infinity")
+    if config.dtype == "float64" and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # torch's grouped products know no float64
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return LanguageModel(model=model.eval().to(device), tokenizer=load_tokenizer(config))
 
@@ -75,15 +77,16 @@ def find_layers(model: nn.Module, patterns: Sequence[str]) -> Coverage:
     Raises RequestError for a pattern that matches none.
     """
     some = next(model.parameters())
+    length = min(LAYER_TRIAL_LENGTH, longest_sequence(model) or LAYER_TRIAL_LENGTH)  # one that is hardly a number of heads
 
     def call(model: nn.Module) -> None:
-        # Rows of the embedding that are not zero, as the padding's may be; and a length that is hardly a number of heads.
+        # Rows of the embedding that are not zero, as the padding's may be.
         with getattr(some, "fake_mode", nullcontext()):
-            tokens = torch.arange(1, 1 + min(LAYER_TRIAL_LENGTH, longest_sequence(model) or LAYER_TRIAL_LENGTH), device=some.device)
+            tokens = torch.arange(1, 1 + length, device=some.device)
             model(input_ids=(tokens % embedded_tokens(model))[None], use_cache=False)
 
     try:
-        return attributable_layers(model, call, patterns)
+        return attributable_layers(model, call, patterns, positions=(1, length), same_positions=True)
     except ValueError as error:
         raise RequestError(f"factors.layers: {error}") from None
 

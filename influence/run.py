@@ -492,11 +492,12 @@ class Run:
 def fit_sizes(layers: Sequence[Layer], tokens_per_sequence: float, wanted: int | None) -> dict[str, int]:
     """How many sequences of so many counted tokens each pass of the fit takes, by its stage's name: as many as are wanted, or else as are enough.
 
-    An eigenbasis needs tokens in proportion to the widest covariance, corrected eigenvalues need MIN_FITTED sequences at least.
+    An eigenbasis needs tokens in proportion to the widest covariance, of which an expert gets its share, corrected eigenvalues need MIN_FITTED
+    sequences at least.
     """
     if wanted is not None:
         return dict.fromkeys(("covariances", "eigenvalues"), wanted)
-    widths = [max(layer.shape) if layer.kind == "linear" else layer.shape[1] for layer in layers]
+    widths = [(max(layer.shape) if layer.kind == "linear" else layer.shape[1]) / layer.routed for layer in layers]
     enough = math.ceil(TOKENS_PER_DIMENSION * max(widths) / tokens_per_sequence)
     return {"covariances": enough, "eigenvalues": max(enough, MIN_FITTED)}
 
