@@ -14,6 +14,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ekfac import Coverage, attributable_layers
+from influence.adapters import (
+    adapter_settings,
+    check_no_adapter,
+    quantization_state,
+    quantized,
+    with_adapter,
+    with_described_adapter,
+)
 from influence.config import ModelConfig
 from influence.errors import RequestError
 
@@ -38,17 +46,26 @@ def load_model(config: ModelConfig) -> LanguageModel:
 
     if Path(config.name).is_absolute() and not Path(config.name).is_dir():
         raise RequestError(f"there is no model directory at {config.name} (if it moved, --model says where it is now)")
+    check_no_adapter(config.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.name, revision=config.revision, dtype=getattr(torch, config.dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            **quantized(config.quantize, getattr(torch, config.dtype)),
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RequestError(f"no causal language model can be loaded from {config.name!r}: {_first_line(error)}") from None
+    if config.adapter is not None:
+        model = with_adapter(model, config.adapter)
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise RequestError(f"the model's weights are not finite: {name} holds NaN or infinity")
     if config.dtype == "float64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped products know no float64
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return LanguageModel(model=model.eval().to(device), tokenizer=load_tokenizer(config))
+    model = model.eval() if config.quantize else model.eval().to(device)  # quantized weights are put there when they are loaded
+    return LanguageModel(model=model, tokenizer=load_tokenizer(config))
 
 
 def model_without_weights(config: ModelConfig) -> nn.Module:
@@ -62,11 +79,15 @@ def model_without_weights(config: ModelConfig) -> nn.Module:
         raise RequestError(f"there is no config.json in {config.name}, which says what the model is like; its weights are not needed")
     try:
         described = AutoConfig.from_pretrained(config.name, revision=config.revision)
-        with FakeTensorMode():
+        shapes_alone = FakeTensorMode()
+        with shapes_alone if config.adapter is None else torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(described, dtype=getattr(torch, config.dtype))
             model.set_experts_implementation("batched_mm")  # the one whose shapes do not depend on values
     except Exception as error:  # what a model's own code raises over sizes that do not go together can be anything
         raise RequestError(f"no causal language model is described by {config.name!r}: {_first_line(error)}") from None
+    if config.adapter is not None:
+        with shapes_alone:
+            model = with_described_adapter(model, config.adapter)
     model.eval()
     return cast(nn.Module, model)
 
@@ -107,9 +128,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """sha256 over names, types, shapes and values of the weights; tied weights and the device make no difference."""
-    total = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    """sha256 over names, types, shapes and values of the weights, and the settings of adapters; tied weights and the device make no difference."""
+    total = hashlib.sha256((adapter_settings(model) or "").encode())
+    for name, parameter in sorted([*model.named_parameters(), *quantization_state(model).items()]):
         total.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
         total.update(parameter.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return "sha256:" + total.hexdigest()

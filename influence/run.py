@@ -83,7 +83,8 @@ class Run:
         self.fingerprints = artifacts.stage_fingerprints(self.description)
         self.memory_budget = memory_budget
         settings, sources = self.description["settings"], self.description["sources"]
-        self.model_config = ModelConfig(name=model or sources["model"], revision=sources["revision"], **settings["model"])
+        places = {"name": model or sources["model"], "revision": sources["revision"], "adapter": sources.get("adapter")}
+        self.model_config = ModelConfig(**places, **settings["model"])
         self.factors_config = FactorsConfig(**settings["factors"])
         self.index_config = IndexConfig(**settings["index"])
         self._opened_with = self.directory.living  # what is appended later is seen when the run is opened again

@@ -108,7 +108,12 @@ def create_run(config: Config) -> None:
                 "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
                 "data": data,
             },
-            "sources": {"model": config.model.name, "revision": config.model.revision, "files": config.data.files},
+            "sources": {
+                "model": config.model.name,
+                "revision": config.model.revision,
+                **({} if config.model.adapter is None else {"adapter": config.model.adapter}),
+                "files": config.data.files,
+            },
         },
         stage_fingerprints,
     )
