@@ -30,7 +30,7 @@ from ekfac.layers import Coverage, Layer, attributable_layers
 from ekfac.record import EmbeddingIO, LayerIO, Record
 
 Mask = Callable[[Any], Tensor]
-"""batch → [N, T] bool: the positions that the loss reaches."""
+"""batch → [N, T] bool, the positions that the loss reaches, or [N] bool, the sequences."""
 
 Weights = Callable[[Any], Tensor | None]
 """batch → [N]: how much each sequence counts; None where all count alike."""
@@ -128,15 +128,18 @@ def fit(
 ) -> tuple[dict[str, LayerFactors], Coverage]:
     """EK-FAC factors by layer name, and what they cover. The batches are gone through twice.
 
-    `loss(model, batch)` is the loss summed over tokens and sequences, `mask(batch)` [N, T] the positions it reaches; left out, the batches
-    are `SequenceBatch`es and labels are drawn from the model with `seed`. `layers` are glob patterns of module names, `damping` 0.1 of each
+    `loss(model, batch)` is the loss summed over tokens and sequences, `mask(batch)` [N, T] the positions it reaches, or [N] the sequences where
+    layers see positions of several kinds, as in encoders (`capture` says what is counted then); left out, the batches are `SequenceBatch`es
+    and labels are drawn from the model with `seed`. `layers` are glob patterns of module names, `damping` 0.1 of each
     layer's mean corrected eigenvalue when left out. Factors have the dtype of the model, float32 at least. Raises ValueError for a
     model without attributable layers and for values that are not finite.
     """
     weights: Weights = sequence_weights if loss is None else no_weights
     loss = loss or drawn_label_loss(seed)
-    coverage = attributable_layers(model, lambda model: loss(model, batches[0]), layers)
+    coverage = attributable_layers(model, lambda model: loss(model, batches[0]), layers, positions=tuple(mask(batches[0]).shape))
     covariances = covariance_pass(model, coverage.layers, batches, loss, mask, weights)
+    if covariances and not any(int(covariance.num_positions) for covariance in covariances.values()):
+        raise ValueError("the loss reaches no position of the batches: no token is counted")
     dtype = "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
     bases = {name: eigenbasis(covariance, dtype) for name, covariance in covariances.items()}
     vectors = {name: basis.vectors for name, basis in bases.items()}

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ekfac.experts import own_forward
 from ekfac.language import SequenceBatch, at_each_counted
-from ekfac.layers import Layer, evaluation_mode
+from ekfac.layers import Layer, evaluation_mode, expert_modules
 from ekfac.parameters import as_parameters, as_vectors
 
 Vectors = dict[str, Tensor]
@@ -34,8 +35,8 @@ def gauss_newton_product(model: nn.Module, layers: Sequence[Layer], batch: Seque
         output: Tensor = functional_call(model, parameters, kwargs=batch.inputs).logits
         return output[:, :-1][counted].to(torch.promote_types(output.dtype, torch.float32))
 
-    # The fused attention kernels have no forward-mode derivative.
-    with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
+    # The fused kernels of attention and of experts have no forward-mode derivative.
+    with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), own_forward(model, expert_modules(layers)):
         values, backward = vjp(logits, weights)[:2]
         changes = vmap(lambda tangent: jvp(logits, (weights,), (tangent,))[1])(tangents)
         probabilities = values.softmax(-1)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import array_api_compat
 
-from ekfac.record import Array, EmbeddingIO, LayerIO, Record, gradient_blocks
+from ekfac.record import Array, EmbeddingIO, LayerIO, Record, gradient_blocks, lookup_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def feature_covariance(record: EmbeddingIO, before: Covariance | None = None) ->
         parts.append(record.head.activations * norms)
         last = norms if record.head.bias else None
     if record.lookup is not None:
-        parts.append(record.lookup.row_gradients * xp.astype(record.mask, record.lookup.row_gradients.dtype)[:, :, None])
+        parts.append(record.lookup.row_gradients * xp.astype(lookup_mask(record), record.lookup.row_gradients.dtype)[:, :, None])
     return _covariance(parts, last, record.mask, before)
 
 
@@ -135,12 +135,10 @@ def _added(total: Array, where: Any, values: Array) -> Array:
 def eigenbasis(covariance: Covariance, dtype: str = "float64") -> Eigenbasis:
     """Eigenvectors of the mean covariance, computed in `dtype`: float32 takes half the time, and gives a basis as orthogonal as it can represent.
 
-    Raises ValueError if no position was counted or an entry is not finite.
+    That of no positions, as of an expert that no token reached, is the identity. Raises ValueError if an entry is not finite.
     """
     xp = array_api_compat.array_namespace(covariance.total)
-    if int(covariance.num_positions) == 0:
-        raise ValueError("a covariance of no positions has no eigenbasis: no token of the fitting sequences is counted")
-    mean = covariance.total / covariance.num_positions
+    mean = covariance.total / max(1, int(covariance.num_positions))
     if not bool(xp.all(xp.isfinite(mean))):
         raise ValueError("the covariance has entries that are not finite: the model gave non-finite activations or gradients")
     largest = float(xp.max(xp.abs(mean))) or 1.0  # scaled, so that no entry of float32 underflows

@@ -1,8 +1,9 @@
 """Which layers of a torch model can be attributed, and which parameters are left out and why.
 
 A layer is linear (`nn.Linear`, a subclass, or a Hugging Face `Conv1D`), an embedding (a table that is looked up, the model's head, or both in
-one when they are tied), or a scale (the elementwise weight and bias of a normalisation, known by what it does and not by its class). Whether it
-really takes part, how often, and which layers share an input is found by running the model once.
+one when they are tied), or a scale (the elementwise weight and bias of a normalisation, known by what it does and not by its class). Linear too are
+convolutions, each expert's matrices in a mixture whose experts are one parameter, and a weight that a module's own code multiplies by. Whether it
+really takes part and which layers share an input is found by running the model once.
 
 A model made under torch's `FakeTensorMode`, whose tensors have shapes and no values, is judged alike, by trying copies of its modules on
 made-up values.
@@ -10,15 +11,20 @@ made-up values.
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
+
+from ekfac.convolution import CONVOLUTIONS, unfolded_size
+from ekfac.experts import Matrix, expert_matrices, experts_forward, given
+from ekfac.functional import LinearUses, own_weight
 
 MAX_FACTOR_SIZE = 20_480
 """Larger covariances are refused: a float64 matrix of this size takes 3.4 GB, its eigenvectors as much again."""
@@ -40,6 +46,16 @@ class Layer:
     """The modules that use the layer's parameters: one, or the embedding and the head that is tied to it."""
     lookup_factor: float = 1.0
     """What an embedding's rows are multiplied by when they are looked up."""
+    expert: int | None = None
+    """Which expert of its module this is, and below the name of the parameter that holds the matrices of all."""
+    parameter: str | None = None
+    routed: float = 1.0
+    """The share of the positions that would reach the layer were they spread evenly over the experts."""
+
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        """The names that patterns are compared with: an expert's own, and else those of the modules."""
+        return self.modules if self.expert is None else (self.name,)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,28 +87,46 @@ class Coverage:
         return self.attributed / self.total
 
 
-def attributable_layers(model: nn.Module, run: Callable[[nn.Module], Any], patterns: Sequence[str] = ("*",)) -> Coverage:
+def attributable_layers(
+    model: nn.Module,
+    run: Callable[[nn.Module], Any],
+    patterns: Sequence[str] = ("*",),
+    *,
+    positions: tuple[int, ...] | None = None,
+    same_positions: bool = False,
+) -> Coverage:
     """The layers of `model` that can be attributed and match one of the glob `patterns`, in the order of the model's modules.
 
-    A pattern matches a layer by the name of any module that uses its parameters. `run` must call the model once on a small input; it is called
-    without gradients. Raises ValueError when a pattern matches no layer that can be attributed, or nothing is left.
+    A pattern matches a layer by the name of any module that uses its parameters, and an expert by a name such as `mlp.experts.3.down_proj`.
+    `run` must call the model once on a small input; it is called without gradients. Where some of the model's parameters require a gradient and
+    others do not, these are frozen and left out. `positions`, when given, is the shape (N,) or (N, T) of the mask of this input: layers whose
+    inputs cannot be told apart by sequence are left out, and with `same_positions` those that see other positions than T. Raises ValueError when
+    a pattern matches no layer that can be attributed, or nothing is left.
     """
     modules = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    frozen = _frozen(model, modules)
     calls = _calls(model, modules, run)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    judged = {names: _judged(names, modules, calls, head) for names in _sharing(modules)}
-    layers = [layer for layer in judged.values() if isinstance(layer, Layer)]
-    known = [name for layer in layers for name in layer.modules]
+    layers: list[Layer] = []
+    excluded: dict[str, str] = {}
+    for names in _sharing(modules):
+        reason = next((frozen[name] for name in names if name in frozen), None)
+        judged = reason or _unplaced(names, modules, calls, positions, same_positions) or _judged(names, modules, calls, head)
+        if isinstance(judged, str):
+            excluded |= dict.fromkeys(names, judged)
+        else:
+            layers += judged
+            excluded |= _left_over(names, modules, judged)
+    known = [name for layer in layers for name in layer.known_as]
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
             raise ValueError(
                 f"no attributable layer matches {pattern!r}; there are {len(layers)}, such as: {', '.join(known[:3]) or 'none'}"
             )
     if not layers:
-        raise ValueError("the model has no layer that can be attributed: linear, embedding or scale, called once in a forward pass")
+        raise ValueError("the model has no layer that can be attributed: linear, embedding or scale, called in a forward pass")
     chosen = [layer for layer in layers if matches(layer, patterns)]
-    excluded = {name: reason for names, reason in judged.items() if isinstance(reason, str) for name in names}
-    excluded |= {name: "not selected by the layer patterns" for layer in layers if layer not in chosen for name in layer.modules}
+    excluded |= {name: "not selected by the layer patterns" for layer in layers if layer not in chosen for name in layer.known_as}
     return Coverage(
         layers=_grouped(chosen, calls),
         attributed=sum(layer.shape[0] * layer.shape[1] for layer in chosen),
@@ -102,8 +136,13 @@ def attributable_layers(model: nn.Module, run: Callable[[nn.Module], Any], patte
 
 
 def matches(layer: Layer, patterns: Sequence[str]) -> bool:
-    """Whether a glob matches the name of one of the layer's modules."""
-    return any(fnmatch.fnmatchcase(name, pattern) for name in layer.modules for pattern in patterns)
+    """Whether a glob matches one of the layer's names."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in layer.known_as for pattern in patterns)
+
+
+def expert_modules(layers: Iterable[Layer]) -> list[str]:
+    """The names of the modules whose experts are among the layers."""
+    return list(dict.fromkeys(layer.modules[0] for layer in layers if layer.expert is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +150,38 @@ class _Call:
     inputs: Any  # the first positional argument, None when there was none
     alone: bool  # whether it was the only argument
     output: Any
+    arguments: tuple[Any, ...] = ()
+    named: dict[str, Any] = field(default_factory=dict)
+
+
+def _frozen(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Why each module with frozen parameters is left out. In a model none of whose parameters requires a gradient, none is frozen."""
+    if not any(p.requires_grad for p in model.parameters()):
+        return {}
+    found = {}
+    for name, module in modules.items():
+        flags = [p.requires_grad for p in module.parameters(recurse=False)]
+        if not all(flags):
+            found[name] = "some of its parameters are frozen" if any(flags) else "frozen: its parameters require no gradient"
+    return found
 
 
 def _calls(model: nn.Module, modules: dict[str, nn.Module], run: Callable[[nn.Module], Any]) -> dict[str, list[_Call]]:
-    """What each module was called with and gave. The tensors are kept until all are known, so that their identities differ."""
+    """What each module was called with and gave. The tensors are kept until all are known, so that their identities differ.
+
+    Of a module that multiplies by its weight in its own code, the calls are the products.
+    """
     seen: dict[str, list[_Call]] = {name: [] for name in modules}
+    products: dict[str, list[_Call]] = {}
 
     def called(name: str, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         alone = len(arguments) == 1 and not named
-        seen[name].append(_Call(inputs=arguments[0] if arguments else None, alone=alone, output=output))
+        inputs = arguments[0] if arguments else None
+        seen[name].append(_Call(inputs=inputs, alone=alone, output=output, arguments=arguments, named=named))
+
+    def used(name: str, inputs: Tensor, output: Tensor) -> Tensor:
+        products.setdefault(name, []).append(_Call(inputs=inputs, alone=True, output=output))
+        return output
 
     handles = [
         module.register_forward_hook(
@@ -127,13 +189,18 @@ def _calls(model: nn.Module, modules: dict[str, nn.Module], run: Callable[[nn.Mo
         )
         for name, module in modules.items()
     ]
+    weights = {name: own_weight(module) for name, module in modules.items() if not isinstance(module, KNOWN)}
     try:
-        with evaluation_mode(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad(), LinearUses({name: w for name, w in weights.items() if w is not None}, used):
             run(model)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return {**seen, **products}
+
+
+KNOWN = (nn.Linear, nn.Embedding, Conv1D, *CONVOLUTIONS)
+"""Classes whose modules are judged by their calls alone."""
 
 
 def _sharing(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ...]]:
@@ -149,29 +216,124 @@ def _sharing(modules: dict[str, nn.Module]) -> Iterator[tuple[str, ...]]:
     return (tuple(group) for group in names.values())
 
 
-def _judged(names: tuple[str, ...], modules: dict[str, nn.Module], calls: dict[str, list[_Call]], head: nn.Module | None) -> Layer | str:
-    """The layer that these modules make, or the reason to leave them out."""
+def _unplaced(
+    names: tuple[str, ...],
+    modules: dict[str, nn.Module],
+    calls: dict[str, list[_Call]],
+    positions: tuple[int, ...] | None,
+    same_positions: bool,
+) -> str | None:
+    """Why what the modules saw cannot be told apart by sequence and position; None when it can."""
+    if positions is None:
+        return None
+    count, total = positions[0], math.prod(positions)
     for name in names:
-        if len(calls[name]) != 1:
-            count = len(calls[name])
-            return "not called in the forward pass" if count == 0 else f"called {count} times in one forward pass"
+        for call in calls[name]:
+            if not isinstance(call.inputs, Tensor):
+                continue
+            shape = call.inputs.shape if isinstance(modules[name], nn.Embedding) else call.inputs.shape[:-1]
+            if isinstance(modules[name], CONVOLUTIONS):
+                shape = call.inputs.shape[:1]
+            if isinstance(modules[name], nn.Embedding) and len(shape) == 2 and shape[0] == 1:
+                shape = torch.Size((count, shape[1]))  # one row of positions for the whole batch
+            rows = math.prod(shape)
+            if same_positions and rows % total:
+                return f"saw the shape {tuple(call.inputs.shape)}, where there are {positions[-1]} positions in a sequence"
+            if rows not in (count, total) and (len(shape) < 2 or shape[0] != count):
+                return f"saw the shape {tuple(call.inputs.shape)}, whose rows cannot be told apart by sequence"
+    return None
+
+
+def _judged(
+    names: tuple[str, ...], modules: dict[str, nn.Module], calls: dict[str, list[_Call]], head: nn.Module | None
+) -> list[Layer] | str:
+    """The layers that these modules make, one unless they are experts, or the reason to leave them out."""
+    for name in names:
+        if len(calls[name]) == 0:
+            return "not called in the forward pass"
         if any(not p.is_floating_point() for p in modules[name].parameters(recurse=False)):
             return "quantized weights, which have no gradient"
-        if not isinstance(calls[name][0].inputs, Tensor) or not isinstance(calls[name][0].output, Tensor):
+        if any(not isinstance(call.inputs, Tensor) or not isinstance(call.output, Tensor) for call in calls[name]):
             return "takes or gives something else than one tensor"
+    if len(names) == 1 and (matrices := expert_matrices(modules[names[0]])) is not None:
+        return _experts(names[0], modules[names[0]], matrices, calls[names[0]])
     tables = [name for name in names if isinstance(modules[name], nn.Embedding)]
     linear = [name for name in names if isinstance(modules[name], nn.Linear | Conv1D)]
     if len(names) > 1 and not (len(tables) == len(linear) == 1 and isinstance(modules[linear[0]], nn.Linear)):
         return f"{', '.join(names)} share their parameters, but are not an embedding and its head"
+    judged: Layer | str
     if tables:
         table, call = _with_values(modules[tables[0]], calls[tables[0]][0])
-        return _embedding(names, table, linear, modules, call)
-    if linear:
-        return _linear(names[0], modules[names[0]], head)
-    lengths = {
-        call.inputs.shape[1] for calls in calls.values() for call in calls if isinstance(call.inputs, Tensor) and call.inputs.ndim == 3
-    }
-    return _scale(names[0], modules[names[0]], calls[names[0]][0], lengths)
+        judged = _embedding(names, table, linear, modules, call)
+    elif isinstance(modules[names[0]], CONVOLUTIONS):
+        judged = _convolution(names[0], modules[names[0]])
+    elif linear or _multiplies(modules[names[0]], calls[names[0]][0]):
+        judged = _linear(names[0], modules[names[0]], head)
+    else:
+        lengths = {
+            call.inputs.shape[1] for calls in calls.values() for call in calls if isinstance(call.inputs, Tensor) and call.inputs.ndim == 3
+        }
+        judged = _scale(names[0], modules[names[0]], calls[names[0]], lengths)
+    return judged if isinstance(judged, str) else [judged]
+
+
+def _multiplies(module: nn.Module, call: _Call) -> bool:
+    """Whether the module multiplies by its own weight in code of its own, its calls being the products."""
+    weight = own_weight(module)
+    return weight is not None and call.inputs.shape[-1:] == weight.shape[1:] and call.output.shape[-1:] == weight.shape[:1]
+
+
+def _left_over(names: tuple[str, ...], modules: dict[str, nn.Module], layers: list[Layer]) -> dict[str, str]:
+    """Parameters of these modules that their layers do not hold, by name, each with the reason."""
+    held = {layer.parameter or "weight" for layer in layers} | {f"{layer.parameter}_bias" for layer in layers}
+    held |= {"bias"} if any(layer.bias for layer in layers) else set()
+    own = {f"{name}.{own}": own for name in names for own, _ in modules[name].named_parameters(recurse=False)}
+    return {full: "a parameter of a kind that is not attributed" for full, own in own.items() if own not in held}
+
+
+def _experts(name: str, module: nn.Module, matrices: tuple[Matrix, Matrix], calls: list[_Call]) -> list[Layer] | str:
+    """A layer for each expert's each matrix, if the module really computes what `experts_forward` does."""
+    if len(calls) != 1:
+        return f"{type(module).__name__}: called {len(calls)} times in one forward pass"
+    call = calls[0]
+    values = given(module, call.arguments, call.named)
+    if values is None or getattr(module, "_is_expert_parallel", False):
+        return f"{type(module).__name__}: experts, but not called with hidden states, the chosen experts and their weights"
+    if not isinstance(call.output, FakeTensor):
+        with torch.no_grad():
+            expected = experts_forward(module, *values)
+        scale, dtype = float(call.output.abs().max()), torch.promote_types(call.output.dtype, torch.float32)
+        tolerance = 3e-2 if call.output.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        if not torch.allclose(expected.to(dtype), call.output.to(dtype), rtol=tolerance, atol=tolerance * scale):
+            return f"{type(module).__name__}: experts that compute something else than two products with an activation between"
+    num_experts, widest = int(getattr(module, matrices[0].name).shape[0]), max(max(m.inputs, m.outputs) for m in matrices) + 1
+    if widest > MAX_FACTOR_SIZE:
+        return f"a covariance of {widest:,} × {widest:,} would be needed"
+    return [
+        Layer(
+            name=f"{name}.{expert}.{matrix.name}",
+            kind="linear",
+            inputs=matrix.inputs,
+            outputs=matrix.outputs,
+            bias=matrix.bias is not None,
+            input_group=f"{name}.{expert}.{matrix.name}",
+            modules=(name,),
+            expert=expert,
+            parameter=matrix.name,
+            routed=min(1.0, values[1].shape[-1] / num_experts),
+        )
+        for expert in range(num_experts)
+        for matrix in matrices
+    ]
+
+
+def _convolution(name: str, module: Any) -> Layer | str:
+    if module.groups != 1:
+        return f"{type(module).__name__}: its channels are in {module.groups} groups"
+    inputs, outputs, bias = unfolded_size(module), int(module.out_channels), module.bias is not None
+    if max(inputs + bias, outputs) > MAX_FACTOR_SIZE:
+        return f"a covariance of {max(inputs + bias, outputs):,} × {max(inputs + bias, outputs):,} would be needed"
+    return Layer(name=name, kind="linear", inputs=inputs, outputs=outputs, bias=bias, input_group=name, modules=(name,))
 
 
 def _with_values(module: nn.Module, call: _Call) -> tuple[nn.Module, _Call]:
@@ -221,8 +383,8 @@ def _embedding(names: tuple[str, ...], table: nn.Module, heads: list[str], modul
 def _linear(name: str, module: Any, head: nn.Module | None) -> Layer | str:
     if module.weight.ndim != 2:
         return f"{type(module).__name__}: its weight has {module.weight.ndim} dimensions"
-    outputs, inputs = (int(size) for size in (module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape)))
-    bias = module.bias is not None
+    outputs, inputs = (int(size) for size in (reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape))
+    bias = getattr(module, "bias", None) is not None
     table = module is head or outputs > MAX_FACTOR_SIZE  # a row of its own for each of many outputs, and no covariance between them
     if inputs + bias > MAX_FACTOR_SIZE:
         return f"a covariance of {inputs + bias:,} × {inputs + bias:,} would be needed"
@@ -230,16 +392,17 @@ def _linear(name: str, module: Any, head: nn.Module | None) -> Layer | str:
     return Layer(name=name, kind=kind, inputs=inputs, outputs=outputs, bias=bias, input_group=name, modules=(name,))
 
 
-def _scale(name: str, module: nn.Module, call: _Call, lengths: set[int]) -> Layer | str:
+def _scale(name: str, module: nn.Module, calls: list[_Call], lengths: set[int]) -> Layer | str:
     """A module whose output is zero-weight output + (what the weight multiplies) · weight + bias, elementwise in the last dimension."""
+    call = calls[0]
     own = dict(module.named_parameters(recurse=False))
     if any(p.ndim >= 3 for p in own.values()):
-        return f"{type(module).__name__}: weights of three dimensions (experts, convolutions)"
+        return f"{type(module).__name__}: weights of three dimensions, of a kind that is not known"
     refusal = f"{type(module).__name__}: neither linear, nor an embedding, nor an elementwise scale"
     sizes = {p.shape for p in own.values()}
     if not {"weight"} <= set(own) <= {"weight", "bias"} or sizes != {call.output.shape[-1:]} or call.inputs.shape != call.output.shape:
         return refusal
-    if not call.alone:
+    if not all(call.alone for call in calls):
         return f"{type(module).__name__}: takes more than one argument"
     if call.inputs.ndim > 3 and (call.inputs.shape[1] not in lengths or call.inputs.shape[2] in lengths):
         return f"{type(module).__name__}: its input has no position as its second dimension"
@@ -275,13 +438,14 @@ def with_parameters(scale: nn.Module, dtype: torch.dtype, weight: Tensor | float
 
 
 def _grouped(layers: list[Layer], calls: dict[str, list[_Call]]) -> tuple[Layer, ...]:
-    leaders: dict[tuple[int, bool], str] = {}
-    return tuple(
-        replace(layer, input_group=leaders.setdefault((id(calls[layer.name][0].inputs), layer.bias), layer.name))
-        if layer.kind == "linear"
-        else layer
-        for layer in layers
-    )
+    leaders: dict[tuple[Any, ...], str] = {}
+    found = []
+    for layer in layers:
+        if layer.kind == "linear" and layer.expert is None:
+            seen = tuple(id(call.inputs) for call in calls[layer.name])
+            layer = replace(layer, input_group=leaders.setdefault((layer.inputs, layer.bias, *seen), layer.name))
+        found.append(layer)
+    return tuple(found)
 
 
 def layer_device(model: nn.Module, layer: Layer) -> torch.device:
@@ -291,15 +455,23 @@ def layer_device(model: nn.Module, layer: Layer) -> torch.device:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode with no parameter requiring a gradient; both are restored, module by module, at the end."""
+    """The model in evaluation mode with no parameter requiring a gradient; both are restored, module by module, at the end.
+
+    What was compiled runs as it was written, because compiled code does not call hooks; and torch's own transformer layers do not take the
+    shortcut that calls none of their modules.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
     training = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
         for parameter, _ in gradients:
             parameter.requires_grad_(False)
-        yield
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, flag in training:
             module.training = flag
         for parameter, flag in gradients:

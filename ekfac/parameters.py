@@ -1,6 +1,7 @@
 """Between the normal form of a layer's gradient, [..., O, J], and the model's own parameters."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +11,26 @@ from ekfac.layers import Layer
 
 
 def as_parameters(model: nn.Module, layers: Sequence[Layer], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Vectors [..., O, J] by layer name as tensors of the parameters' shapes (after the same leading dimensions), by parameter name."""
-    found = {}
+    """Vectors [..., O, J] by layer name as tensors of the parameters' shapes (after the same leading dimensions), by parameter name.
+
+    Experts that are not among the layers have zeros.
+    """
+    found: dict[str, Tensor] = {}
     for layer in layers:
         vector, (weight, bias) = vectors[layer.name], parameter_names(model, layer)
-        if layer.kind == "scale":
-            found[weight] = vector[..., 0]
-        else:
-            matrix = vector[..., : layer.inputs]
-            found[weight] = matrix.mT if _is_transposed(model, layer) else matrix
-        if bias is not None:
-            found[bias] = vector[..., -1]
+        leading, own = vector.shape[:-2], model.get_parameter(weight)
+        matrix = vector[..., 0] if layer.kind == "scale" else vector[..., : layer.inputs]
+        matrix = matrix.mT if _is_transposed(model, layer) else matrix
+        if layer.expert is None:
+            found[weight] = matrix.reshape(*leading, *own.shape)
+            if bias is not None:
+                found[bias] = vector[..., -1]
+            continue
+        for name, part in ((weight, matrix), (bias, vector[..., -1])):
+            if name is not None:
+                if name not in found:
+                    found[name] = vector.new_zeros((*leading, *model.get_parameter(name).shape))
+                found[name].select(len(leading), layer.expert).copy_(part)
     return found
 
 
@@ -29,20 +39,29 @@ def as_vectors(model: nn.Module, layers: Sequence[Layer], parameters: Mapping[st
     found = {}
     for layer in layers:
         weight, bias = parameter_names(model, layer)
-        matrix = parameters[weight]
+        own = model.get_parameter(weight).ndim
+        matrix, column = parameters[weight], None if bias is None else parameters[bias]
+        if layer.expert is not None:
+            matrix, column = matrix.select(-own, layer.expert), None if column is None else column.select(-2, layer.expert)
+        elif own > 2:  # a convolution's kernel
+            matrix = matrix.flatten(-(own - 1))
         if layer.kind == "scale":
             matrix = matrix[..., None]
         elif _is_transposed(model, layer):
             matrix = matrix.mT
-        found[layer.name] = matrix if bias is None else torch.cat([matrix, parameters[bias][..., None]], -1)
+        found[layer.name] = matrix if column is None else torch.cat([matrix, column[..., None]], -1)
     return found
 
 
 def parameter_names(model: nn.Module, layer: Layer) -> tuple[str, str | None]:
-    """The names of the layer's weight and bias among the model's parameters."""
+    """The names of the parameters that hold the layer's weight and bias."""
+    if layer.parameter is not None:
+        weight = f"{layer.modules[0]}.{layer.parameter}"
+        return weight, f"{weight}_bias" if layer.bias else None
     owner = next((name for name in layer.modules if getattr(model.get_submodule(name), "bias", None) is not None), None)
     return f"{layer.modules[0]}.weight", f"{owner}.bias" if layer.bias else None
 
 
 def _is_transposed(model: nn.Module, layer: Layer) -> bool:
-    return isinstance(model.get_submodule(layer.modules[0]), Conv1D)
+    module: Any = model.get_submodule(layer.modules[0])
+    return isinstance(module, Conv1D) if layer.expert is None else bool(module.is_transposed)

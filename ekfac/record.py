@@ -13,7 +13,7 @@ I + 1 with a bias, O outputs (rows of a table), Q queries.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -29,17 +29,28 @@ BLOCK_NUMBERS = 2**23
 
 
 @dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where in their sequences the T entries of a record stand, when these are not simply all positions in their order: those that were routed to
+    an expert, or all positions twice when a module was called twice."""
+
+    indices: Array  # [N, T] whole numbers below `count`
+    count: int  # how many positions the sequences have
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerIO:
     """A linear layer's record for a batch of sequences.
 
     The gradient of sequence n's loss with respect to the weight and bias, as one [O, J] matrix, is the sum over positions of
-    `output_gradient ⊗ (activation, 1)`. Positions that the loss does not reach have an output gradient of zero.
+    `output_gradient ⊗ (activation, 1)`. Positions that the loss does not reach have an output gradient of zero. T may be zero: an expert that
+    no token reached.
     """
 
     activations: Array  # [N, T, I]
     output_gradients: Array  # [N, T, O]: derivative of the loss with respect to a zero probe added to the output
     mask: Array  # [N, T] bool: the positions that the loss reaches; covariances count these only
     bias: bool  # whether the layer has a bias: a further input that is always one
+    places: Places | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +59,8 @@ class LookupIO:
 
     indices: Array  # [N, T] whole numbers below the number of rows
     row_gradients: Array  # [N, T, I]
+    mask: Array | None = None  # [N, T] bool, where it is not that of the head
+    places: Places | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +87,7 @@ class ScaleIO:
     output_gradients: Array  # [N, T, H, O]
     mask: Array  # [N, T] bool
     bias: bool
+    places: Places | None = None
 
 
 Record: TypeAlias = LayerIO | EmbeddingIO | ScaleIO
@@ -99,7 +113,10 @@ def gradient_blocks(
     rows cannot be rotated.
     """
     if isinstance(record, LayerIO):
-        yield slice(None), _rotated(record, input_vectors, output_vectors)
+        if record.mask.shape[1] == 0:  # an expert that no token reached: there is nothing to stream through memory
+            yield slice(0, 0), _linear_gradients(record)[:, :0]
+        else:
+            yield slice(None), _rotated(record, input_vectors, output_vectors)
     elif isinstance(record, EmbeddingIO):
         assert output_vectors is None, "the rows of a table are not rotated"
         yield from _table_blocks(record, input_vectors)
@@ -134,20 +151,21 @@ def _table_blocks(record: EmbeddingIO, vectors: Array | None) -> Iterator[tuple[
     head, lookup = record.head, record.lookup
     if lookup is not None and vectors is not None:
         rotated = lookup.row_gradients @ vectors[: lookup.row_gradients.shape[-1], :]
-        lookup = LookupIO(indices=lookup.indices, row_gradients=rotated)
+        lookup = replace(lookup, row_gradients=rotated)
+    mask = lookup_mask(record)
     if head is None:
         assert lookup is not None
-        rows, gradients = xp.unique_values(lookup.indices[record.mask]), lookup.row_gradients
+        rows, gradients = xp.unique_values(lookup.indices[mask]), lookup.row_gradients
         for part in _blocks_of(rows.shape[0], gradients):
             some = rows[part]
             nothing = xp.zeros((gradients.shape[0], some.shape[0], gradients.shape[2]), dtype=gradients.dtype, device=device)
-            yield some, _with_lookups(nothing, lookup, record.mask, some)
+            yield some, _with_lookups(nothing, lookup, mask, some)
         return
     inputs = _table_inputs(head, vectors)
     for part in _blocks_of(record.num_rows, inputs):
         block = xp.matmul(xp.matrix_transpose(head.output_gradients[:, :, part]), inputs)
         some = xp.arange(part.start, part.stop, device=device)
-        yield part, (block if lookup is None else _with_lookups(block, lookup, record.mask, some))
+        yield part, (block if lookup is None else _with_lookups(block, lookup, mask, some))
 
 
 def _blocks_of(num_rows: int, features: Array) -> Iterator[slice]:
@@ -155,6 +173,11 @@ def _blocks_of(num_rows: int, features: Array) -> Iterator[slice]:
     step = max(1, BLOCK_NUMBERS // (features.shape[0] * features.shape[2]))
     for first in range(0, num_rows, step):
         yield slice(first, min(first + step, num_rows))
+
+
+def lookup_mask(record: EmbeddingIO) -> Array:
+    """[N, T] bool: the positions of the lookup that the loss reaches."""
+    return record.mask if record.lookup is None or record.lookup.mask is None else record.lookup.mask
 
 
 def _table_inputs(head: LayerIO, vectors: Array | None) -> Array:
@@ -201,12 +224,17 @@ def sequence_gradients(record: Record) -> Array:
     if isinstance(record, EmbeddingIO) and record.head is None and record.lookup is not None:
         device, gradients = array_api_compat.device(record.mask), record.lookup.row_gradients
         nothing = xp.zeros((record.mask.shape[0], record.num_rows, gradients.shape[-1]), dtype=gradients.dtype, device=device)
-        return _with_lookups(nothing, record.lookup, record.mask, xp.arange(record.num_rows, device=device))
+        return _with_lookups(nothing, record.lookup, lookup_mask(record), xp.arange(record.num_rows, device=device))
+    if isinstance(record, LayerIO):
+        return _linear_gradients(record)
     return xp.concat([block for _, block in gradient_blocks(record)], axis=1)
 
 
 def as_one_sequence(record: Record) -> Record:
-    """The record of the whole batch as that of a single sequence: its gradient is the sum of theirs, for the price of one weight gradient."""
+    """The record of the whole batch as that of a single sequence: its gradient is the sum of theirs, for the price of one weight gradient.
+
+    Where the entries stood in their sequences is not kept.
+    """
     if isinstance(record, LayerIO):
         return _linear_as_one(record)
     if isinstance(record, ScaleIO):
@@ -218,7 +246,8 @@ def as_one_sequence(record: Record) -> Record:
         )
     lookup, head = record.lookup, record.head
     return EmbeddingIO(
-        lookup=lookup and LookupIO(indices=_joined(lookup.indices), row_gradients=_joined(lookup.row_gradients)),
+        lookup=lookup
+        and LookupIO(indices=_joined(lookup.indices), row_gradients=_joined(lookup.row_gradients), mask=_joined(lookup_mask(record))),
         head=head and _linear_as_one(head),
         mask=_joined(record.mask),
         num_rows=record.num_rows,
@@ -257,14 +286,26 @@ def position_inner_products(record: Record, vector: Array) -> Array:
     """
     xp = array_api_compat.array_namespace(vector)
     if isinstance(record, LayerIO):
-        return xp.sum(record.output_gradients * apply_to_inputs(record, xp.matrix_transpose(vector)), axis=-1)
+        return _placed(xp.sum(record.output_gradients * apply_to_inputs(record, xp.matrix_transpose(vector)), axis=-1), record.places)
     if isinstance(record, ScaleIO):
         values = record.normalized * vector[:, 0] + (vector[:, 1] if record.bias else 0)
-        return xp.sum(record.output_gradients * values, axis=(2, 3))
-    shares = xp.zeros(record.mask.shape, dtype=vector.dtype, device=array_api_compat.device(vector))
+        return _placed(xp.sum(record.output_gradients * values, axis=(2, 3)), record.places)
+    shares = []
     if record.head is not None:
-        shares = shares + position_inner_products(record.head, vector)
+        shares.append(position_inner_products(record.head, vector))
     if record.lookup is not None:
         gradients = record.lookup.row_gradients
-        shares = shares + xp.sum(gradients * vector[:, : gradients.shape[-1]][record.lookup.indices], axis=-1)
-    return shares
+        looked_up = xp.sum(gradients * vector[:, : gradients.shape[-1]][record.lookup.indices], axis=-1)
+        shares.append(_placed(looked_up, record.lookup.places))
+    return sum(shares[1:], shares[0])
+
+
+def _placed(shares: Array, places: Places | None) -> Array:
+    """[N, count]: the shares [N, T] added up where they stand."""
+    if places is None:
+        return shares
+    xp, device, num_sequences = array_api_compat.array_namespace(shares), array_api_compat.device(shares), shares.shape[0]
+    first = xp.arange(num_sequences, device=device)[:, None] * places.count
+    nothing = xp.zeros((num_sequences * places.count,), dtype=shares.dtype, device=device)
+    found = _scatter_add(nothing, xp.reshape(first + places.indices, (-1,)), xp.reshape(shares, (-1,)))
+    return xp.reshape(found, (num_sequences, places.count))

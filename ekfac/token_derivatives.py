@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ekfac.experts import own_forward
 from ekfac.language import SequenceBatch, at_counted, counted_losses, weighted
-from ekfac.layers import Layer, evaluation_mode
+from ekfac.layers import Layer, evaluation_mode, expert_modules
 from ekfac.parameters import as_parameters
 
 
@@ -26,7 +27,7 @@ def token_loss_derivatives(model: nn.Module, layers: Sequence[Layer], batch: Seq
     def losses(parameters: dict[str, Tensor]) -> Tensor:
         return counted_losses(functional_call(model, parameters, kwargs=batch.inputs).logits, batch)
 
-    # The fused attention kernels have no forward-mode derivative.
-    with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
+    # The fused kernels of attention and of experts have no forward-mode derivative.
+    with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), own_forward(model, expert_modules(layers)):
         derivatives: Tensor = jvp(losses, (weights,), (tangents,))[1]
     return weighted(at_counted(derivatives, batch), batch)

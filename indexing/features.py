@@ -176,6 +176,8 @@ def feature_rows(
         factor, spreader = factors[layer.name], signs[layer.name]
         own, influence = spreader.nothing(len(made)), torch.zeros(len(made), dtype=torch.float64, device=spreader.weights.device)
         for rows, rotated in gradient_blocks(record, factor.input_vectors, factor.output_vectors):
+            if rotated.shape[1] == 0:  # of an expert that no token reached
+                continue
             spreader.add(own, rows, rotated)
             for n, gradient in enumerate(rotated):
                 influence[n] += gradient.square_().flatten() @ spreader.inverse[rows].flatten()

@@ -3,6 +3,7 @@
 What a batch costs is estimated from the shapes of model and layers alone, so that the same budget always gives the same batches.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -149,8 +150,9 @@ def queries_at_once(budget: BatchBudget, layers: Sequence[Layer], copies: int = 
 
 
 def _numbers_per_token(layer: Layer) -> int:
-    """Of its record and its rotation."""
-    return {"linear": layer.inputs + 3 * layer.outputs, "embedding": 4 * layer.inputs, "scale": 4 * layer.outputs}[layer.kind]
+    """Of its record and its rotation; of an expert, on average over the tokens."""
+    numbers = {"linear": layer.inputs + 3 * layer.outputs, "embedding": 4 * layer.inputs, "scale": 4 * layer.outputs}[layer.kind]
+    return math.ceil(layer.routed * numbers)
 
 
 def in_batches(

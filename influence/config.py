@@ -48,6 +48,18 @@ class ModelConfig(Section):
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field(
         "float32", description="what weights and activations are computed in"
     )
+    adapter: str | None = Field(
+        None, description="local directory or hub id of a PEFT adapter, such as LoRA, of this model: its parameters alone are attributed"
+    )
+    quantize: Literal["8bit", "4bit"] | None = Field(
+        None, description="load the weights in 8 or 4 bits (bitsandbytes), as the adapter was trained; they need an adapter"
+    )
+
+    @model_validator(mode="after")
+    def quantized_under_an_adapter(self) -> "ModelConfig":
+        if self.quantize is not None and self.adapter is None:
+            raise ValueError("quantized weights have no gradient: quantize needs an adapter, whose parameters are attributed")
+        return self
 
 
 class DataConfig(Section):
@@ -251,7 +263,9 @@ class Config(Section):
     def identity(self) -> dict[str, Any]:
         """What results depend on besides the contents of model and data: every setting but places and resources."""
         settings = self.model_dump(mode="json", include={"model", "data", "factors", "index"})
-        del settings["model"]["name"], settings["model"]["revision"], settings["data"]["files"]
+        del settings["model"]["name"], settings["model"]["revision"], settings["model"]["adapter"], settings["data"]["files"]
+        if settings["model"]["quantize"] is None:
+            del settings["model"]["quantize"]
         return settings
 
 
@@ -318,6 +332,8 @@ def _with_resolved_paths(config: Config) -> Config:
     model = config.model
     if is_local_model(model.name):
         model = model.model_copy(update={"name": str(Path(model.name).expanduser().resolve())})
+    if model.adapter is not None and is_local_model(model.adapter):
+        model = model.model_copy(update={"adapter": str(Path(model.adapter).expanduser().resolve())})
     files = [absolute(name) for name in config.data.files]
     run = config.run
     if not is_url(run.dir):

@@ -14,6 +14,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ekfac import Coverage, attributable_layers, evaluation_mode
+from influence.adapters import (
+    adapter_settings,
+    check_no_adapter,
+    quantization_state,
+    quantized,
+    with_adapter,
+    with_described_adapter,
+)
 from influence.config import ModelConfig
 from influence.errors import RequestError
 
@@ -48,20 +56,31 @@ def load_model(config: ModelConfig, memory_budget: int = 0) -> LanguageModel:
     divided = _division(memory_budget)
     if Path(config.name).is_absolute() and not Path(config.name).is_dir():
         raise RequestError(f"there is no model directory at {config.name} (if it moved, --model says where it is now)")
+    check_no_adapter(config.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.name, revision=config.revision, dtype=getattr(torch, config.dtype), **divided)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            **quantized(config.quantize, getattr(torch, config.dtype)),
+            **divided,
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RequestError(f"no causal language model can be loaded from {config.name!r}: {_first_line(error)}") from None
-    if offloaded := [name for name, device in getattr(model, "hf_device_map", {}).items() if device in ("cpu", "disk")]:
+    if offloaded := [name for name, device in getattr(model, "hf_device_map", {}).items() if device in ("cpu", "disk") and divided]:
         raise RequestError(
             f"the model does not fit on {torch.cuda.device_count()} GPUs within resources.memory_budget, the first that does not is {offloaded[0]}: "
             "raise it, or give a worker more of them (--gpus-per-worker)"
         )
+    if config.adapter is not None:
+        model = with_adapter(model, config.adapter)
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise RequestError(f"the model's weights are not finite: {name} holds NaN or infinity")
+    if config.dtype == "float64" and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # torch's grouped products know no float64
     model.eval()
-    if not divided:
+    if not (divided or config.quantize):  # which are put there when they are loaded
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     return LanguageModel(model=model, tokenizer=load_tokenizer(config))
 
@@ -86,11 +105,15 @@ def model_without_weights(config: ModelConfig) -> nn.Module:
         raise RequestError(f"there is no config.json in {config.name}, which says what the model is like; its weights are not needed")
     try:
         described = AutoConfig.from_pretrained(config.name, revision=config.revision)
-        with FakeTensorMode():
+        shapes_alone = FakeTensorMode()
+        with shapes_alone if config.adapter is None else torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(described, dtype=getattr(torch, config.dtype))
             model.set_experts_implementation("batched_mm")  # the one whose shapes do not depend on values
     except Exception as error:  # what a model's own code raises over sizes that do not go together can be anything
         raise RequestError(f"no causal language model is described by {config.name!r}: {_first_line(error)}") from None
+    if config.adapter is not None:
+        with shapes_alone:
+            model = with_described_adapter(model, config.adapter)
     model.eval()
     return cast(nn.Module, model)
 
@@ -101,15 +124,16 @@ def find_layers(model: nn.Module, patterns: Sequence[str]) -> Coverage:
     Raises RequestError for a pattern that matches none.
     """
     some = next(model.parameters())
+    length = min(LAYER_TRIAL_LENGTH, longest_sequence(model) or LAYER_TRIAL_LENGTH)  # one that is hardly a number of heads
 
     def call(model: nn.Module) -> None:
-        # Rows of the embedding that are not zero, as the padding's may be; and a length that is hardly a number of heads.
+        # Rows of the embedding that are not zero, as the padding's may be.
         with getattr(some, "fake_mode", nullcontext()):
-            tokens = torch.arange(1, 1 + min(LAYER_TRIAL_LENGTH, longest_sequence(model) or LAYER_TRIAL_LENGTH), device=some.device)
+            tokens = torch.arange(1, 1 + length, device=some.device)
             model(input_ids=(tokens % embedded_tokens(model))[None], use_cache=False)
 
     try:
-        return attributable_layers(model, call, patterns)
+        return attributable_layers(model, call, patterns, positions=(1, length), same_positions=True)
     except ValueError as error:
         raise RequestError(f"factors.layers: {error}") from None
 
@@ -130,9 +154,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """sha256 over names, types, shapes and values of the weights; tied weights and the device make no difference."""
-    total = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    """sha256 over names, types, shapes and values of the weights, and the settings of adapters; tied weights and the device make no difference."""
+    total = hashlib.sha256((adapter_settings(model) or "").encode())
+    for name, parameter in sorted([*model.named_parameters(), *quantization_state(model).items()]):
         total.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
         total.update(parameter.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return "sha256:" + total.hexdigest()
@@ -160,7 +184,7 @@ def check_takes_documents_apart(loaded: LanguageModel) -> None:
     try:
         with torch.no_grad(), evaluation_mode(model):
             packed = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-            alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in torch.split(tokens, lengths, 1)], 1)
+            alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in torch.split(tokens, list(lengths), 1)], 1)
     except TypeError:
         raise RequestError(
             "data.attention is document, but the model does not take position_ids: it cannot keep packed documents apart"

@@ -343,7 +343,7 @@ class _Costs:
         """A forward pass and the backward pass of activations, for one sequence, once for each group of layers."""
         tokens, shape = self.tokens, self.shape
         attention = (4 + 8) * tokens**2 * shape.attention_width
-        width = sum(layer.inputs + layer.outputs if layer.kind == "linear" else layer.shape[1] for layer in self.layers)
+        width = sum(layer.routed * (layer.inputs + layer.outputs) if layer.kind == "linear" else layer.shape[1] for layer in self.layers)
         once = Work(
             model_products=4 * shape.products_per_token * tokens + attention,
             elementwise=tokens * (ACTIVATION_PASSES * width * shape.bytes_per_number / 4 + logit_passes * shape.vocabulary),
@@ -353,9 +353,11 @@ class _Costs:
     def covariance_work(self) -> Work:
         """For one sequence: the upper triangles of sums of outer products, in panels of 256 columns, which are added once a batch."""
         twice = {layer.input_name: 2 for layer in self.layers if layer.name in self.shape.heads and len(layer.modules) > 1}
-        triangles = sum(size * (size + 256) / 2 * twice.get(name, 1) for name, size in self.covariances.items())
+        reached = {name: layer.routed for layer in self.layers for name in (layer.input_name, layer.output_name)}
+        triangles = {name: size * (size + 256) / 2 * twice.get(name, 1) for name, size in self.covariances.items()}
         return self.capture_work(DRAWN_LOGIT_PASSES) + Work(
-            products=2 * self.tokens * triangles, streamed=SUM_BYTES * triangles / self.batch
+            products=2 * self.tokens * sum(reached[name] * count for name, count in triangles.items()),
+            streamed=SUM_BYTES * sum(triangles.values()) / self.batch,
         )
 
     def eigenvalue_work(self) -> Work:
@@ -400,14 +402,19 @@ class _Costs:
         for layer in self.layers:
             o, j = layer.shape
             if layer.kind == "linear":
-                products += tokens * o * j + min(tokens * (j**2 + o**2), o * j * (o + j))
+                own = layer.routed * tokens
+                products += own * o * j + min(own * (j**2 + o**2), o * j * (o + j))
             elif layer.kind == "embedding":
                 products += tokens * j * (j * len(layer.modules) + (o if layer.name in self.shape.heads else 0))
         return Work(products=2 * products)
 
-    def gradient_products(self) -> int:
+    def gradient_products(self) -> float:
         """Multiplications a token takes for its share of the gradients."""
-        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers if layer.kind == "linear" or layer.name in self.shape.heads)
+        return sum(
+            layer.routed * layer.shape[0] * layer.shape[1]
+            for layer in self.layers
+            if layer.kind == "linear" or layer.name in self.shape.heads
+        )
 
     def gradient_numbers(self) -> float:
         """Numbers of a sequence's gradients that are computed: of a table that is only looked up, the rows that the batch has."""

@@ -84,7 +84,8 @@ class Run:
         self.fingerprints = artifacts.stage_fingerprints(self.description)
         self.memory_budget = memory_budget
         settings, sources = self.description["settings"], self.description["sources"]
-        self.model_config = ModelConfig(name=model or sources["model"], revision=sources["revision"], **settings["model"])
+        places = {"name": model or sources["model"], "revision": sources["revision"], "adapter": sources.get("adapter")}
+        self.model_config = ModelConfig(**places, **settings["model"])
         self.factors_config = FactorsConfig(**settings["factors"])
         self.index_config = IndexConfig(**settings["index"])
         self._opened_with = self.directory.living  # what is appended later is seen when the run is opened again
@@ -501,11 +502,12 @@ class Run:
 def fit_sizes(layers: Sequence[Layer], tokens_per_sequence: float, wanted: int | None) -> dict[str, int]:
     """How many sequences of so many counted tokens each pass of the fit takes, by its stage's name: as many as are wanted, or else as are enough.
 
-    An eigenbasis needs tokens in proportion to the widest covariance, corrected eigenvalues need MIN_FITTED sequences at least.
+    An eigenbasis needs tokens in proportion to the widest covariance, of which an expert gets its share, corrected eigenvalues need MIN_FITTED
+    sequences at least.
     """
     if wanted is not None:
         return dict.fromkeys(("covariances", "eigenvalues"), wanted)
-    widths = [max(layer.shape) if layer.kind == "linear" else layer.shape[1] for layer in layers]
+    widths = [(max(layer.shape) if layer.kind == "linear" else layer.shape[1]) / layer.routed for layer in layers]
     enough = math.ceil(TOKENS_PER_DIMENSION * max(widths) / tokens_per_sequence)
     return {"covariances": enough, "eigenvalues": max(enough, MIN_FITTED)}
 

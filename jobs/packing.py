@@ -29,6 +29,9 @@ def pack(config: Config, directory: Path) -> None:
     model, files = config.model, list(config.data.files)
     if not Path(model.name).is_absolute() and is_local_model(model.name):
         model = model.model_copy(update={"name": _take(_existing_model(model.name), directory, Path("model"), "model.name")})
+    if model.adapter is not None and not Path(model.adapter).is_absolute() and is_local_model(model.adapter):
+        taken_adapter = _take(_existing_model(model.adapter), directory, Path("adapter"), "model.adapter")
+        model = model.model_copy(update={"adapter": taken_adapter})
     places = [list(_places(name, len(files) == 1)) for name in files]
     taken: list[str] = []
     for name, found in zip(files, places, strict=True):

@@ -56,6 +56,8 @@ def retraining_of(run: Run, base: str, measurements: Sequence[Measurement], sett
 
     It is trained in float64 where the run computes in it, in float32 otherwise. Raises RequestError when it cannot have become the run's model.
     """
+    if run.model_config.adapter is not None:
+        raise RequestError(f"{run.directory} is of an adapter, and retraining trains whole models: give scores of a model without one")
     local = Path(base).expanduser()
     name = str(local.resolve()) if local.is_dir() or base.startswith((".", "~")) else base
     config = ModelConfig(name=name, dtype="float64" if run.model_config.dtype == "float64" else "float32")

@@ -115,7 +115,12 @@ def create_run(config: Config) -> None:
                 "tokenizer": tokenizer_fingerprint(loaded.tokenizer, with_template=config.data.messages is not None),
                 "data": data,
             },
-            "sources": {"model": config.model.name, "revision": config.model.revision, "files": config.data.files},
+            "sources": {
+                "model": config.model.name,
+                "revision": config.model.revision,
+                **({} if config.model.adapter is None else {"adapter": config.model.adapter}),
+                "files": config.data.files,
+            },
         },
         stage_fingerprints,
     )

@@ -9,7 +9,17 @@ from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ekfac import SequenceBatch, attributable_layers, capture, sequence_gradients, true_label_loss
+from ekfac import (
+    Layer,
+    Record,
+    SequenceBatch,
+    attributable_layers,
+    capture,
+    position_inner_products,
+    sequence_gradients,
+    true_label_loss,
+)
+from ekfac.parameters import as_vectors
 
 
 def run_once(model: nn.Module) -> None:
@@ -97,13 +107,12 @@ def test_modules_of_other_kinds_are_left_out_with_the_reason() -> None:
     shape = {"vocab_size": 23, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     opt = OPTForCausalLM(OPTConfig(**shape, ffn_dim=12, word_embed_proj_dim=8, max_position_embeddings=16))
     mixtral = MixtralForCausalLM(MixtralConfig(**shape, intermediate_size=12, num_key_value_heads=1, num_local_experts=2))
+    del mixtral.model.layers[0].mlp.experts.has_gate  # what says how the experts compute
+    mixtral.set_experts_implementation("eager")
     left_out = {type(model).__name__: attributable_layers(model, run_once).excluded for model in (opt, mixtral)}
     assert left_out == {
         "OPTForCausalLM": {"model.decoder.embed_positions": "embedding: not called with the numbers of its rows"},
-        "MixtralForCausalLM": {
-            "model.layers.0.mlp.experts": "MixtralExperts: weights of three dimensions (experts, convolutions)",
-            "model.layers.0.mlp.gate": "takes or gives something else than one tensor",
-        },
+        "MixtralForCausalLM": {"model.layers.0.mlp.experts": "MixtralExperts: weights of three dimensions, of a kind that is not known"},
     }
 
 
@@ -204,18 +213,47 @@ def test_non_finite_weights_are_refused() -> None:
         captured_gradients(model, padded_batch())
 
 
-def test_layer_called_twice_is_left_out_with_the_reason() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.once, self.twice = nn.Linear(3, 3), nn.Linear(3, 3)
+class Twice(nn.Module):
+    """A linear layer, a norm and a table that are each called twice in a pass."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.twice(self.twice(self.once(x)))
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear, self.norm, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3)
 
-    coverage = attributable_layers(Twice(), lambda model: model(torch.ones(1, 3)))
-    assert [layer.name for layer in coverage.layers] == ["once"]
-    assert coverage.excluded == {"twice": "called 2 times in one forward pass"}
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens) + self.table(tokens.flip(1)).tanh()
+        for _ in range(2):
+            x = self.norm(torch.sin(self.linear(x)))
+        return self.head(x)
+
+
+def test_gradients_of_a_module_that_is_called_twice_are_summed_over_its_calls() -> None:
+    torch.manual_seed(0)
+    model = Twice().double()
+    tokens, mask = torch.randint(0, 9, (4, 5)), torch.arange(5)[None] < torch.tensor([5, 3, 4, 5])[:, None]
+    coverage = attributable_layers(model, lambda m: m(tokens), positions=(4, 5), same_positions=True)
+    assert coverage.attributed == coverage.total
+
+    def loss(rows: slice) -> torch.Tensor:
+        return (model(tokens[rows]).logsumexp(2) * mask[rows]).sum()
+
+    def consume(layer: Layer, record: Record) -> None:
+        gradients = sequence_gradients(record)
+        vector = torch.linspace(-1, 1, layer.shape[0] * layer.shape[1], dtype=torch.float64).reshape(layer.shape)
+        shares = position_inner_products(record, vector)
+        assert shares.shape == mask.shape
+        torch.testing.assert_close(shares.sum(1), torch.einsum("noj,oj->n", gradients, vector), rtol=1e-9, atol=1e-12)
+        for n in range(4):
+            names = [name for name, _ in model.named_parameters() if name.startswith(layer.name)]
+            found = torch.autograd.grad(loss(slice(n, n + 1)), [model.get_parameter(name) for name in names])
+            expected = as_vectors(model, [layer], dict(zip(names, found, strict=True)))[layer.name]
+            torch.testing.assert_close(gradients[n], expected, rtol=1e-9, atol=1e-12)
+
+    records: list[tuple[Layer, Record]] = []
+    capture(model, coverage.layers, lambda: loss(slice(None)), mask, lambda *both: records.append(both))
+    assert len(records) == 4
+    for layer, record in records:
+        consume(layer, record)
 
 
 def test_pattern_without_a_layer_is_refused() -> None:

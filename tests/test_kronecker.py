@@ -185,9 +185,13 @@ def test_partial_sums_merge_to_the_whole(make: Make) -> None:
         np.testing.assert_allclose(np.asarray(merged.total), np.asarray(expected.total), atol=1e-12)
 
 
+def test_basis_of_no_positions_is_the_identity(make: Make) -> None:
+    basis = eigenbasis(Covariance(total=make(np.zeros((3, 3))), num_positions=0))
+    np.testing.assert_array_equal(np.asarray(basis.vectors), np.eye(3))
+    np.testing.assert_array_equal(np.asarray(basis.values), np.zeros(3))
+
+
 def test_nothing_counted_and_non_finite_statistics_are_refused(make: Make) -> None:
-    with pytest.raises(ValueError, match="no positions"):
-        eigenbasis(Covariance(total=make(np.zeros((2, 2))), num_positions=0))
     with pytest.raises(ValueError, match="not finite"):
         eigenbasis(Covariance(total=make(np.full((2, 2), np.nan)), num_positions=1))
     basis = Eigenbasis(values=make(np.ones(2)), vectors=make(np.eye(2)))

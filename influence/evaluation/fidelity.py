@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ekfac import Layer, Record, capture, gradient_blocks, layer_device, true_label_loss
+from ekfac import Layer, Record, capture, layer_device, sequence_gradients, true_label_loss
 from indexing import (
     Encoding,
     FeatureSpec,
@@ -154,8 +154,7 @@ def _projections(run: Run, measurements: Sequence[Measurement], sequences: Seque
     stored = {layer.name: torch.empty(len(sequences), PROJECTED**2) for layer in linear}
 
     def consume(members: NDArray[np.int64], layer: Layer, record: Record) -> None:
-        for _, gradients in gradient_blocks(record):
-            stored[layer.name][members] = _projected(gradients, *sides[layer.name]).float().cpu()
+        stored[layer.name][members] = _projected(sequence_gradients(record), *sides[layer.name]).float().cpu()
 
     for members, batch in in_batches(sequences, attributed.budget, attributed.device):
         loss = partial(true_label_loss, attributed.model, batch)
