@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ekfac.backend import Backend
 from ekfac.layers import Layer, evaluation_mode, normalized
 from ekfac.record import EmbeddingIO, LayerIO, LookupIO, Record, ScaleIO
 
@@ -29,6 +30,8 @@ def capture(
     the positions that the loss reaches. Records are float32 at least. Raises ValueError when a layer was called more than once, was not
     reached, or has another number of rows than the mask, and when the loss is not finite.
     """
+    if isinstance(model, Backend):
+        return model.capture(layers, loss, mask, consume)
     modules = dict(model.named_modules())
     scales = {layer.name: normalized(modules[layer.name]) for layer in layers if layer.kind == "scale"}
     probes: list[Tensor] = []

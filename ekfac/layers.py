@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
+from ekfac.backend import Backend
+
 MAX_FACTOR_SIZE = 20_480
 """Larger covariances are refused: a float64 matrix of this size takes 3.4 GB, its eigenvectors as much again."""
 
@@ -77,6 +79,8 @@ def attributable_layers(model: nn.Module, run: Callable[[nn.Module], Any], patte
     A pattern matches a layer by the name of any module that uses its parameters. `run` must call the model once on a small input; it is called
     without gradients. Raises ValueError when a pattern matches no layer that can be attributed, or nothing is left.
     """
+    if isinstance(model, Backend):
+        return model.attributable(run, patterns)
     modules = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     calls = _calls(model, modules, run)
     head = getattr(model, "get_output_embeddings", lambda: None)()
