@@ -3,6 +3,7 @@
 Knows nothing of files, indexes, Ray or reports.
 """
 
+from ekfac.backend import Backend
 from ekfac.capture import capture
 from ekfac.fit import assemble, covariance_pass, eigenvalue_pass, fit, merge, of, reached_positions
 from ekfac.gauss_newton import Solution, Vectors, conjugate_gradients, gauss_newton_product
@@ -31,6 +32,7 @@ from ekfac.token_derivatives import token_loss_derivatives
 __all__ = [
     "BLOCK_NUMBERS",
     "Array",
+    "Backend",
     "Covariance",
     "Coverage",
     "Damping",

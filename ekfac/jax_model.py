@@ -180,7 +180,9 @@ class JaxModel(Backend):
     ) -> float:
         sites = {layer.name: self._site(layer) for layer in layers}
         assert self._found is not None
-        keys = {key for site in sites.values() for key in site.uses}
+        # Scales always: they cost little, and the passes with and without them are one compilation.
+        tapping = [*sites.values(), *(site for site in self._sites.values() if site.layer.kind == "scale")]
+        keys = {key for site in tapping for key in site.uses}
         tapped = {place.mark.key: place for place in self._found[0] if place.mark.side == "out" and place.mark.key in keys}
         tape = self._tape = _Tape(places=tapped)
         try:

@@ -34,6 +34,10 @@ class LanguageModel:
 
 def load_model(config: ModelConfig) -> LanguageModel:
     """The model on the GPU when there is one. Raises RequestError when it cannot be found, is not causal or has weights that are not finite."""
+    if config.flax is not None:
+        from influence.jax_model import load_flax
+
+        return LanguageModel(model=load_flax(config), tokenizer=load_tokenizer(config))
     from transformers import AutoModelForCausalLM
 
     if Path(config.name).is_absolute() and not Path(config.name).is_dir():
@@ -54,6 +58,8 @@ def model_without_weights(config: ModelConfig) -> nn.Module:
 
     Raises RequestError when there is no configuration of a causal language model.
     """
+    if config.flax is not None:
+        raise RequestError("a Flax model cannot be planned for yet: influence plan knows models that a config.json describes to transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if Path(config.name).is_absolute() and not (Path(config.name) / "config.json").is_file():

@@ -108,7 +108,8 @@ def create_run(config: Config) -> None:
                 "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
                 "data": data,
             },
-            "sources": {"model": config.model.name, "revision": config.model.revision, "files": config.data.files},
+            "sources": {"model": config.model.name, "revision": config.model.revision, "files": config.data.files}
+            | ({"flax": config.model.flax} if config.model.flax else {}),
         },
         stage_fingerprints,
     )
