@@ -37,9 +37,7 @@ class Backend(nn.Module):
         """The logits [N, T, V], and their derivative along a vector [O, J] by layer."""
 
     @abstractmethod
-    def gauss_newton(
-        self, layers: "Sequence[Layer]", tokens: Tensor, counted: Tensor, vectors: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def gauss_newton(self, layers: "Sequence[Layer]", tokens: Tensor, counted: Tensor, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `ekfac.gauss_newton_product`; `counted` [N, T] marks the tokens that are predicted."""
 
     @abstractmethod

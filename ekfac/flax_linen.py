@@ -16,15 +16,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ekfac.jax_marks import around, around_scale
 from ekfac.jax_model import JaxModel
 
-
 _BARE = "without its parameters"
 
 
 def linen_model(module: nn.Module, variables: Mapping[str, Any], *, call: Callable[..., Any] | None = None, **options: Any) -> JaxModel:
     """The module with these variables (as `module.init` gives them) as a model whose layers can be attributed.
 
-    Parameters are named by their path, such as `h_0.mlp.kernel`. The module is called with the inputs alone, or by `call(apply, inputs)`, where `apply` is
-    `module.apply` with its variables and further arguments may be given. `options` are those of `JaxModel`.
+    Parameters are named by their path, such as `h_0.mlp.kernel`. The module is called with the inputs alone, or by `call(apply, inputs)`, where
+    `apply` is `module.apply` with its variables and further arguments may be given. `options` are those of `JaxModel`.
     """
     if "params" not in variables:
         raise ValueError(f"expected the variables of a linen module, with 'params'; got {', '.join(variables) or 'none'}")
@@ -42,7 +41,13 @@ def linen_model(module: nn.Module, variables: Mapping[str, Any], *, call: Callab
 
 def _with_marks(call: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any], context: Any) -> Any:
     module, method = context.module, context.method_name
-    if module.name == _BARE or len(arguments) != 1 or named or not isinstance(arguments[0], jax.Array) or method not in ("__call__", "attend"):
+    if (
+        module.name == _BARE
+        or len(arguments) != 1
+        or named
+        or not isinstance(arguments[0], jax.Array)
+        or method not in ("__call__", "attend")
+    ):
         return call(*arguments, **named)
     path = ".".join(module.path) or type(module).__name__
     prefix = ".".join([*module.path, ""]) if module.path else ""
@@ -67,7 +72,7 @@ def _with_marks(call: Callable[..., Any], arguments: tuple[Any, ...], named: dic
         wide = jnp.promote_types(inputs.dtype, jnp.float32)
         one, zero = ({name: jnp.full_like(value, number, wide) for name, value in vectors.items()} for number in (1.0, 0.0))
         zeros = {"bias": jnp.zeros_like(vectors["bias"], wide)} if "bias" in vectors else {}
-        return bare.apply({"params": one | zeros}, inputs.astype(wide)) - bare.apply({"params": zero}, inputs.astype(wide))  # type: ignore[no-any-return]
+        return bare.apply({"params": one | zeros}, inputs.astype(wide)) - bare.apply({"params": zero}, inputs.astype(wide))
 
     return around_scale(
         arguments[0],

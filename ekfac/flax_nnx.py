@@ -1,7 +1,7 @@
 """Flax nnx modules: marks around their layers, by wrappers of the classes' methods that stand while a copy of the module is traced.
 
-Known are `Linear`, `LinearGeneral`, `Embed`, `LayerNorm` and `RMSNorm`, called with one argument, also within `nnx.scan` and `nnx.remat`. Copies carry their
-paths as an attribute; the user's module is not touched, and modules without that attribute pass through the wrappers unchanged.
+Known are `Linear`, `LinearGeneral`, `Embed`, `LayerNorm` and `RMSNorm`, called with one argument, also within `nnx.scan` and `nnx.remat`. Copies
+carry their paths as an attribute; the user's module is not touched, and modules without that attribute pass through the wrappers unchanged.
 """
 
 import threading
@@ -23,8 +23,8 @@ _tracing = threading.RLock()
 def nnx_model(module: nnx.Module, *, call: Callable[[Any, Any], Any] | None = None, **options: Any) -> JaxModel:
     """The module as a model whose layers can be attributed.
 
-    Its parameters are the `nnx.Param`s by their path, such as `blocks.mlp.kernel`; other state keeps the values it has. The module is called with the inputs
-    alone, or by `call(module, inputs)`. `options` are those of `JaxModel`.
+    Its parameters are the `nnx.Param`s by their path, such as `blocks.mlp.kernel`; other state keeps the values it has. The module is called with the
+    inputs alone, or by `call(module, inputs)`. `options` are those of `JaxModel`.
     """
     graph, parameters, rest = nnx.split(module, nnx.Param, ...)
     leaves, structure = jax.tree_util.tree_flatten_with_path(parameters)
@@ -89,7 +89,7 @@ def _layer(module: Any, path: str) -> str:
 def _has(module: Any, name: str) -> bool:
     """Whether a parameter is there: one that is left out is None, or a variable that holds None."""
     value = getattr(module, name, None)
-    return value is not None and getattr(value, "value", value) is not None
+    return value is not None and (not isinstance(value, nnx.Variable) or value.get_value() is not None)
 
 
 def _linear(module: Any, path: str, inputs: Any, original: Any) -> Any:

@@ -10,6 +10,7 @@ from itertools import groupby, product
 from math import prod
 from typing import Literal
 
+from ekfac.jax_marks import Use
 from ekfac.jax_tape import Place
 from ekfac.layers import MAX_FACTOR_SIZE, Coverage, Layer
 
@@ -31,7 +32,9 @@ class Site:
     transposed: bool  # whether the parameter is [I, O], and not [O, I]
 
 
-def coverage(found: Sequence[Place], shapes: Shapes, num_positions: int, num_outputs: int, patterns: Sequence[str]) -> tuple[Coverage, dict[str, Site]]:
+def coverage(
+    found: Sequence[Place], shapes: Shapes, num_positions: int, num_outputs: int, patterns: Sequence[str]
+) -> tuple[Coverage, dict[str, Site]]:
     """What can be attributed of a model with these marks, and the site of every such layer whether it matches the patterns or not.
 
     The model was traced for one sequence of so many positions, and gives so many outputs at each. Raises ValueError when a pattern matches no layer
@@ -49,7 +52,9 @@ def coverage(found: Sequence[Place], shapes: Shapes, num_positions: int, num_out
     excluded: dict[str, str] = {}
     for name, own in by_module.items():
         sharing = owners[own[0].mark.weight]
-        judged = f"{', '.join(sharing)} share their parameters" if len(sharing) > 1 else _judged(name, own, shapes, num_positions, name == last)
+        judged = (
+            f"{', '.join(sharing)} share their parameters" if len(sharing) > 1 else _judged(name, own, shapes, num_positions, name == last)
+        )
         if isinstance(judged, str):
             excluded[name] = judged
         else:
@@ -59,7 +64,8 @@ def coverage(found: Sequence[Place], shapes: Shapes, num_positions: int, num_out
     chosen = _grouped([site for site in ordered if matches(site, patterns)])
     used = {name for site in ordered for name in (site.weight, site.bias)}
     excluded |= {
-        name.rpartition(".")[0] or name: "neither a dense layer, nor an embedding, nor an elementwise scale of the framework, called with one argument"
+        name.rpartition(".")[0]
+        or name: "neither a dense layer, nor an embedding, nor an elementwise scale of the framework, called with one argument"
         for name in shapes
         if name not in used and (name.rpartition(".")[0] or name) not in excluded
     }
@@ -156,7 +162,7 @@ def _judged(name: str, own: Sequence[Place], shapes: Shapes, num_positions: int,
     ]
 
 
-def _sizes(uses: Mapping[str, Place], inputs: Mapping[str, Place], num_positions: int) -> tuple[int, int] | str:
+def _sizes(uses: Mapping[Use, Place], inputs: Mapping[Use, Place], num_positions: int) -> tuple[int, int] | str:
     """(inputs, outputs) of a position; those of a lookup are the width of its rows, twice."""
     found: list[tuple[int, int]] = []
     for use, out in uses.items():
@@ -179,7 +185,9 @@ def _grouped(sites: Sequence[Site]) -> tuple[Layer, ...]:
     """The layers, those that are linear and fed the same value with the first of them as their input group."""
     leaders: dict[tuple[int, tuple[int, ...], bool], str] = {}
     return tuple(
-        replace(layer, input_group=leaders.setdefault((site.source, site.index, layer.bias), layer.name)) if layer.kind == "linear" else layer
+        replace(layer, input_group=leaders.setdefault((site.source, site.index, layer.bias), layer.name))
+        if layer.kind == "linear"
+        else layer
         for site in sites
         for layer in (site.layer,)
     )
@@ -187,4 +195,3 @@ def _grouped(sites: Sequence[Site]) -> tuple[Layer, ...]:
 
 def _named(name: str, index: tuple[int, ...]) -> str:
     return ".".join([name, *map(str, index)])
-

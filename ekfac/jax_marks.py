@@ -52,7 +52,9 @@ def around(inputs: Any, call: Callable[[Any], Any], *, layer: str, use: Use, wei
     return marked(call(marked(inputs, before)), after)
 
 
-def around_scale(inputs: Any, call: Callable[[Any], Any], normalized: Callable[[Any], Any], *, layer: str, weight: str, bias: str | None) -> Any:
+def around_scale(
+    inputs: Any, call: Callable[[Any], Any], normalized: Callable[[Any], Any], *, layer: str, weight: str, bias: str | None
+) -> Any:
     """call(inputs), with marks on `normalized(inputs)`, which the call multiplies by its weight, and on what comes out."""
     marked(normalized(inputs), Mark(layer=layer, use="scale", side="in", weight=weight, bias=bias))
     return marked(call(inputs), Mark(layer=layer, use="scale", side="out", weight=weight, bias=bias))
@@ -60,7 +62,7 @@ def around_scale(inputs: Any, call: Callable[[Any], Any], normalized: Callable[[
 
 def dense(inputs: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, layer: str) -> jax.Array:
     """inputs @ weight + bias, for a weight [I, O]; the parameters' names are `layer`.kernel and `layer`.bias."""
-    return around(  # type: ignore[no-any-return]
+    return around(
         inputs,
         lambda x: x @ weight if bias is None else x @ weight + bias,
         layer=layer,
@@ -72,17 +74,17 @@ def dense(inputs: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *
 
 def lookup(indices: jax.Array, table: jax.Array, *, layer: str) -> jax.Array:
     """table[indices], for a table [rows, I] of the name `layer`.embedding."""
-    return around(indices, lambda i: jnp.take(table, i, axis=0), layer=layer, use="lookup", weight=f"{layer}.embedding")  # type: ignore[no-any-return]
+    return around(indices, lambda i: jnp.take(table, i, axis=0), layer=layer, use="lookup", weight=f"{layer}.embedding")
 
 
 def head(inputs: jax.Array, table: jax.Array, *, layer: str) -> jax.Array:
     """inputs @ tableᵀ, for the table of `lookup`: a head tied to the embedding."""
-    return around(inputs, lambda x: x @ table.T, layer=layer, use="head", weight=f"{layer}.embedding")  # type: ignore[no-any-return]
+    return around(inputs, lambda x: x @ table.T, layer=layer, use="head", weight=f"{layer}.embedding")
 
 
 def scale(normalized: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, layer: str) -> jax.Array:
     """normalized * weight + bias, elementwise in the last dimension; the parameters' names are `layer`.scale and `layer`.bias."""
-    return around_scale(  # type: ignore[no-any-return]
+    return around_scale(
         normalized,
         lambda x: x * weight if bias is None else x * weight + bias,
         lambda x: x,

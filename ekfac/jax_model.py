@@ -3,8 +3,8 @@
 `JaxModel` takes a function from parameters and token ids to logits whose layers are marked (`ekfac.jax_marks`). Losses are computed in torch from the
 logits, as for any model, and so mean the same; what JAX computed goes to torch without a copy where both have it in one memory.
 
-A batch is padded to one of a few shapes, so that there are few compilations. Each sequence is computed by itself (`jax.vmap`); where there are several
-devices, each computes some of them.
+A batch is padded to one of a few shapes, so that there are few compilations. Each sequence is computed by itself (`jax.vmap`); where there are
+several devices, each computes some of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,10 +46,10 @@ class _Tape:
 class JaxModel(Backend):
     """A function of parameters and inputs as a model whose layers can be attributed.
 
-    `apply(parameters, inputs)` gives logits [N, T, V] for token ids [N, T] (or for any inputs [N, T, …]); its layers are marked, and parameters go by the
-    names that the marks use. `longest` is how many positions the model knows, where it does not know any number of them. Parameters that lie on several
-    devices stay as they are, with `batches` telling how inputs are laid over the devices; otherwise they are copied to every device there is, and the
-    sequences of a batch are dealt out. Parameters are float32 at least, or all of one half precision.
+    `apply(parameters, inputs)` gives logits [N, T, V] for token ids [N, T] (or for any inputs [N, T, …]); its layers are marked, and parameters go by
+    the names that the marks use. `longest` is how many positions the model knows, where it does not know any number of them. Parameters that lie on
+    several devices stay as they are, with `batches` telling how inputs are laid over the devices; otherwise they are copied to every device there is,
+    and the sequences of a batch are dealt out.
     """
 
     def __init__(
@@ -83,9 +83,7 @@ class JaxModel(Backend):
         traced = jax.make_jaxpr(self.apply_function)(parameters, inputs[:1])
         tapped = {place.mark.key: place for place in places(traced.jaxpr) if place.mark.side == "out" and place.mark.key in keys}
         axes = {key: len(place.lengths) for key, place in tapped.items()}
-        zeros = {
-            key: jnp.zeros((*place.lengths, len(inputs), *place.shape), place.dtype) for key, place in tapped.items()
-        }
+        zeros = {key: jnp.zeros((*place.lengths, len(inputs), *place.shape), place.dtype) for key, place in tapped.items()}
 
         def one(taps: Any, sequence: jax.Array) -> Any:
             (logits,), seen = run(traced.jaxpr, traced.consts, [*jax.tree.leaves(parameters), sequence[None]], taps)
@@ -175,9 +173,7 @@ class JaxModel(Backend):
             raise ValueError(f"the model has no layer {layer.name!r}")
         return self._sites[layer.name]
 
-    def capture(
-        self, layers: Sequence[Layer], loss: Callable[[], Tensor], mask: Tensor, consume: Callable[[Layer, Record], None]
-    ) -> float:
+    def capture(self, layers: Sequence[Layer], loss: Callable[[], Tensor], mask: Tensor, consume: Callable[[Layer, Record], None]) -> float:
         sites = {layer.name: self._site(layer) for layer in layers}
         assert self._found is not None
         # Scales always: they cost little, and the passes with and without them are one compilation.
@@ -251,33 +247,29 @@ class JaxModel(Backend):
             for name, part in parts.items():
                 shape = self.values[name].shape
                 whole = found.setdefault(name, part.new_zeros((*leading, *shape)))
-                whole[(..., *site.index, *(slice(None),) * (len(shape) - len(site.index)))] = part.reshape(
-                    *leading, *shape[len(site.index) :]
-                )
+                _step_of(whole, len(leading), site.index).copy_(part.reshape(*leading, *shape[len(site.index) :]))
         return found
 
     def as_vectors(self, layers: Sequence[Layer], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
         for layer in layers:
             site = self._site(layer)
-            matrix = self._part(site, site.weight, parameters)
+            matrix, leading = self._part(site, site.weight, parameters)
             if layer.kind == "scale":
-                matrix = matrix.flatten(-1)[..., None]
+                matrix = matrix[..., None]
             elif site.transposed:
-                matrix = matrix.reshape(*matrix.shape[: matrix.ndim - self._own(site, site.weight)], layer.inputs, layer.outputs).mT
+                matrix = matrix.reshape(*leading, layer.inputs, layer.outputs).mT
             if site.bias is not None:
-                bias = self._part(site, site.bias, parameters)
-                bias = bias.reshape(*bias.shape[: bias.ndim - self._own(site, site.bias)], layer.outputs)
-                matrix = torch.cat([matrix, bias[..., None]], -1)
+                bias, leading = self._part(site, site.bias, parameters)
+                matrix = torch.cat([matrix, bias.reshape(*leading, layer.outputs, 1)], -1)
             found[layer.name] = matrix
         return found
 
-    def _own(self, site: Site, name: str) -> int:
-        """How many dimensions a parameter has without those of scans."""
-        return self.values[name].ndim - len(site.index)
-
-    def _part(self, site: Site, name: str, parameters: Mapping[str, Tensor]) -> Tensor:
-        return parameters[name][(..., *site.index, *(slice(None),) * self._own(site, name))]
+    def _part(self, site: Site, name: str, parameters: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+        """The layer's own part of a parameter with further leading dimensions, and the sizes of these."""
+        whole = parameters[name]
+        num_leading = whole.ndim - self.values[name].ndim
+        return _step_of(whole, num_leading, site.index), tuple(whole.shape[:num_leading])
 
     # between torch and JAX
 
@@ -286,7 +278,7 @@ class JaxModel(Backend):
 
     def _padded(self, inputs: Tensor) -> jax.Array:
         """The inputs in one of few shapes: zeros after the sequences, and further sequences of zeros."""
-        sequences = _step_up(len(inputs), -(-len(inputs) // self._spread()) * self._spread())
+        sequences = -(-_step_up(len(inputs)) // self._spread()) * self._spread()
         positions = _quarter_step_up(inputs.shape[1])
         if self.longest is not None:
             positions = max(inputs.shape[1], min(positions, self.longest))
@@ -312,7 +304,9 @@ class JaxModel(Backend):
 def _laid_out(parameters: Parameters, batches: NamedSharding | None) -> tuple[dict[str, jax.Array], NamedSharding | None]:
     """The parameters where they are computed with, and how batches are laid over the devices; None with one device."""
     values = {name: jnp.asarray(parameters[name]) for name in sorted(parameters)}
-    meshes = [value.sharding.mesh for value in values.values() if isinstance(value.sharding, NamedSharding) and len(value.sharding.device_set) > 1]
+    meshes = [
+        value.sharding.mesh for value in values.values() if isinstance(value.sharding, NamedSharding) and len(value.sharding.device_set) > 1
+    ]
     if batches is None and meshes:
         batches = NamedSharding(meshes[0], PartitionSpec())
     if batches is None and len(jax.local_devices()) > 1:
@@ -380,18 +374,23 @@ def _positions(shape: tuple[int, ...]) -> int:
     return shape[1] if shape[0] == 1 and len(shape) > 2 else shape[0]
 
 
-def _step_up(count: int, at_least: int = 1) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …, times what `at_least` is a multiple of."""
-    size = 1
-    while size < count:
-        size = size * 3 // 2 if size >= 2 and size & (size - 1) == 0 else max(size + 1, size * 4 // 3)
-    return size
+def _step_up(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …"""
+    power: int = 1 << max(0, count - 1).bit_length()
+    return power * 3 // 4 if count <= power * 3 // 4 and power >= 4 else power
 
 
 def _quarter_step_up(count: int) -> int:
     """The next of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, …: four steps from a power of two to the next."""
-    step = max(8, 2 ** max(0, count.bit_length() - 3))
+    step: int = max(8, 1 << max(0, count.bit_length() - 3))
     return -(-count // step) * step
+
+
+def _step_of(values: Tensor, dimension: int, index: Sequence[int]) -> Tensor:
+    """A view of these steps of scans, whose dimensions begin at the given one."""
+    for step in index:
+        values = values.select(dimension, step)
+    return values
 
 
 def _padded_to(values: Tensor, shape: Sequence[int]) -> Tensor:
@@ -411,7 +410,8 @@ def _to_torch(value: jax.Array) -> Tensor:
     if len(value.sharding.device_set) > 1:
         first = min(value.sharding.device_set, key=lambda device: device.id)
         value = value.addressable_data(0) if value.is_fully_replicated else jax.device_put(value, first)
-    return torch.from_dlpack(jax.block_until_ready(value))
+    found: Tensor = torch.utils.dlpack.from_dlpack(jax.block_until_ready(value))
+    return found
 
 
 def _all_to_torch(values: Mapping[str, jax.Array]) -> dict[str, Tensor]:
@@ -430,5 +430,3 @@ def _to_jax(values: Tensor) -> jax.Array:
 
 def _float(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-

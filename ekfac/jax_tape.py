@@ -40,9 +40,7 @@ def places(jaxpr: Any, lengths: tuple[int, ...] = (), obstacle: str | None = Non
         mark = read_mark(equation.primitive, equation.params)
         if mark is not None:
             value = equation.invars[0]
-            yield Place(
-                mark=mark, shape=value.aval.shape, dtype=value.aval.dtype, lengths=lengths, source=id(value), obstacle=obstacle
-            )
+            yield Place(mark=mark, shape=value.aval.shape, dtype=value.aval.dtype, lengths=lengths, source=id(value), obstacle=obstacle)
             continue
         name = equation.primitive.name
         within = (*lengths, equation.params["length"]) if name == "scan" else lengths
@@ -128,5 +126,3 @@ def _inner(equation: Any) -> list[Any]:
 
 def _constants(equation: Any) -> Sequence[Any]:
     return next((value.consts for value in equation.params.values() if isinstance(value, core.ClosedJaxpr)), ())
-
-

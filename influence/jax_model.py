@@ -13,6 +13,7 @@ from typing import Any
 
 from influence.config import ModelConfig
 from influence.errors import RequestError
+from influence.optimizer_state import FILE as OPTIMIZER_STATE
 
 CODE_VARIABLE = "INFLUENCE_FLAX"
 """The environment variable that names the code which may be run to make the models of runs that are opened; several are separated by commas."""
@@ -44,7 +45,9 @@ def load_flax(config: ModelConfig) -> Any:
     try:
         made = _builder(config.flax)(dict(settings))
     except Exception as error:  # the user's code may raise anything
-        raise RequestError(f"model.flax: {config.flax} failed on the settings of {directory / 'config.json'}: {_first_line(error)}") from None
+        raise RequestError(
+            f"model.flax: {config.flax} failed on the settings of {directory / 'config.json'}: {_first_line(error)}"
+        ) from None
     module, call = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     longest = settings.get("max_position_embeddings", settings.get("n_positions"))
     parameters = _in_dtype(_read_parameters(directory), config)
@@ -57,7 +60,9 @@ def load_flax(config: ModelConfig) -> Any:
         _check_names(_shapes(nnx.to_pure_dict(state)), parameters, config.flax)
         nnx.update(module, _filled(state, parameters))
         return nnx_model(module, call=call, **options)
-    raise RequestError(f"model.flax: {config.flax} gave a {type(module).__name__}: expected a flax.linen or nnx module, or such a module and how to call it")
+    raise RequestError(
+        f"model.flax: {config.flax} gave a {type(module).__name__}: expected a flax.linen or nnx module, or such a module and how to call it"
+    )
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -165,6 +170,37 @@ def save_flax_model(directory: Path | str, parameters: Any, settings: Mapping[st
     return place
 
 
+def save_optax_state(
+    state: Any, directory: Path | str, *, learning_rate_sum: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> Path:
+    """As `influence.save_optimizer_state`, for the state of an optax optimizer of the Adam family, made with these `b1`, `b2` and `eps`.
+
+    The optimizer's parameters must be those that `save_flax_model` was given. Raises ValueError for a state without second moments.
+    """
+    import jax
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    found = [one for one in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(one)]
+    if len(found) != 1:
+        raise ValueError(f"the optimizer's state holds second moments {len(found)} times, expected once: it must be of the Adam family")
+    moments = found[0].nu["params"] if isinstance(found[0].nu, Mapping) and isinstance(found[0].nu.get("params"), Mapping) else found[0].nu
+    tensors = {f"exp_avg_sq.{name}": np.ascontiguousarray(value, np.float32) for name, value in _flat(jax.device_get(moments)).items()}
+    facts = {"optimizer": "optax", "betas": f"{b1},{b2}", "eps": str(eps), "step": str(int(found[0].count))}
+    path = Path(directory) / OPTIMIZER_STATE
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, scratch, metadata=facts | {"learning_rate_sum": repr(float(learning_rate_sum))})
+        scratch.rename(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def _is_adam(state: Any) -> bool:
+    return hasattr(state, "nu") and hasattr(state, "count")
+
+
 def _in_dtype(parameters: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """As arrays of the configured type. Raises RequestError for a parameter that is not finite."""
     import jax
@@ -217,7 +253,9 @@ def _linen_shapes(module: Any, call: Callable[..., Any] | None, config: ModelCon
     except Exception as error:  # the user's code may raise anything
         raise RequestError(f"model.flax: the module of {config.flax} cannot be initialised with token ids: {_first_line(error)}") from None
     if others := sorted(set(found) - {"params"}):
-        raise RequestError(f"model.flax: the module of {config.flax} has variables other than parameters ({', '.join(others)}), which are not supported")
+        raise RequestError(
+            f"model.flax: the module of {config.flax} has variables other than parameters ({', '.join(others)}), which are not supported"
+        )
     return _shapes(found["params"])
 
 

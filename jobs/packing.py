@@ -29,6 +29,9 @@ def pack(config: Config, directory: Path) -> None:
     model, files = config.model, list(config.data.files)
     if not Path(model.name).is_absolute() and is_local_model(model.name):
         model = model.model_copy(update={"name": _take(_existing_model(model.name), directory, Path("model"), "model.name")})
+    code, _, function = (model.flax or "").rpartition(":")
+    if code.endswith(".py") and not Path(code).is_absolute():
+        model = model.model_copy(update={"flax": f"{_take(_existing_code(code), directory, Path('code'), 'model.flax')}:{function}"})
     places = [list(_places(name, len(files) == 1)) for name in files]
     taken: list[str] = []
     for name, found in zip(files, places, strict=True):
@@ -57,6 +60,13 @@ def _existing_model(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
         raise RequestError(f"there is no model directory at {name}; an absolute path is one on the cluster")
+    return path
+
+
+def _existing_code(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise RequestError(f"there is no file {name} for model.flax; an absolute path is one on the cluster")
     return path
 
 

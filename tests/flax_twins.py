@@ -77,7 +77,9 @@ class Transformer(nn.Module):
         x = table(tokens) + nn.Embed(self.sizes.positions, self.sizes.width, name="wpe")(jnp.arange(tokens.shape[1])[None])
         if self.layout == "scanned":
             block = nn.remat(Block, prevent_cse=False)
-            x, _ = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.sizes.num_layers)(self.sizes, name="h")(x, None)
+            x, _ = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.sizes.num_layers)(
+                self.sizes, name="h"
+            )(x, None)
         else:
             x = Blocks(self.sizes, name="h")(x)
         return table.attend(nn.LayerNorm(epsilon=1e-5, name="ln_f")(x))
@@ -100,7 +102,7 @@ def linen_twin(settings: dict[str, Any]) -> Twin:
     return Twin(sizes, settings.get("layout", "plain"))
 
 
-def torch_twin(dtype: torch.dtype = torch.float64, sizes: Sizes = Sizes()) -> GPT2LMHeadModel:  # noqa: B008
+def torch_twin(dtype: torch.dtype = torch.float64, sizes: Sizes = Sizes()) -> GPT2LMHeadModel:
     """Weights are large enough that no gradient is negligible."""
     config = GPT2Config(
         vocab_size=sizes.vocabulary,
