@@ -1,6 +1,7 @@
-"""EK-FAC factors of a torch model's layers, usable alone: capture, Kronecker factors, corrected eigenvalues, (G + λI)⁻¹v.
+"""EK-FAC factors of the layers of a torch or JAX model, usable alone: capture, Kronecker factors, corrected eigenvalues, (G + λI)⁻¹v.
 
-Knows nothing of files, indexes, Ray or reports.
+JAX is imported by `ekfac.jax_marks`, `jax_tape`, `jax_model`, `flax_linen` and `flax_nnx` only, which are imported by whoever has a JAX model. Knows
+nothing of files, indexes, Ray or reports.
 """
 
 from ekfac.backend import Backend

@@ -27,7 +27,7 @@ from ekfac import (
 )
 from ekfac.flax_linen import linen_model
 from ekfac.flax_nnx import nnx_model
-from ekfac.jax_marks import dense, lookup
+from ekfac.jax_marks import dense, head, lookup
 from ekfac.jax_model import JaxModel
 
 
@@ -87,7 +87,7 @@ def oracle(model: JaxModel, batch: SequenceBatch, index: int) -> dict[str, jax.A
     return found
 
 
-@pytest.mark.parametrize("layout", ["plain", "scanned"])
+@pytest.mark.parametrize("layout", [pytest.param("plain", marks=pytest.mark.slow), "scanned"])
 def test_twins_have_the_same_layers_factors_and_gradients(layout: str) -> None:
     """To the rounding of float64: 1e-9 of the largest entry, since factors divide by small eigenvalues."""
     model, other, some = twin(layout), torch_twin(), batch()
@@ -269,10 +269,17 @@ def test_a_plain_function_with_marked_layers_is_fitted() -> None:
 
 
 def test_batches_of_many_shapes_are_few_compilations() -> None:
-    model = twin()
+    table, weight = jnp.ones((VOCABULARY, 3)), jnp.ones((3, 3))
+
+    def apply(parameters: Any, tokens: Any) -> Any:
+        x = lookup(tokens, parameters["embed.embedding"], layer="embed")
+        return head(dense(x, parameters["inner.kernel"], layer="inner"), parameters["embed.embedding"], layer="embed")
+
+    model = JaxModel(apply, {"embed.embedding": table, "inner.kernel": weight})
     layers = attributable_layers(model, run_once).layers
+    assert [layer.name for layer in layers] == ["embed", "inner"]
     for sequences, length in ((4, 9), (3, 12), (4, 16), (4, 11), (3, 15), (4, 10)):
-        some = padded_batch(lengths=(length,) * sequences)
+        some = padded_batch(lengths=(length,) * sequences, num_positions=length)
         some = SequenceBatch(tokens=some.tokens % VOCABULARY, counted=some.counted, keys=some.keys)
         capture(model, layers, lambda some=some: true_label_loss(model, some), some.reached, lambda layer, record: None)  # type: ignore[misc]
     assert model._forward._cache_size() == model._backward._cache_size() == 2  # 3 and 4 sequences of 16

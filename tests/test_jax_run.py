@@ -77,6 +77,7 @@ def test_a_flax_run_answers_as_the_torch_run_of_the_same_weights(twin_run: Run, 
             np.testing.assert_allclose(*shares, atol=1e-3 * largest)
 
 
+@pytest.mark.slow
 def test_refined_answers_and_functions_are_those_of_the_torch_run(twin_run: Run, finished: Path) -> None:
     from influence.answering import QueryOptions
     from influence.refinement import RefineOptions
