@@ -1,8 +1,10 @@
-"""EK-FAC factors of a torch model's layers, usable alone: capture, Kronecker factors, corrected eigenvalues, (G + λI)⁻¹v.
+"""EK-FAC factors of the layers of a torch or JAX model, usable alone: capture, Kronecker factors, corrected eigenvalues, (G + λI)⁻¹v.
 
-Knows nothing of files, indexes, Ray or reports.
+JAX is imported by `ekfac.jax_marks`, `jax_tape`, `jax_model`, `flax_linen` and `flax_nnx` only, which are imported by whoever has a JAX model. Knows
+nothing of files, indexes, Ray or reports.
 """
 
+from ekfac.backend import Backend
 from ekfac.capture import capture
 from ekfac.fit import assemble, covariance_pass, eigenvalue_pass, fit, merge, of, reached_positions
 from ekfac.gauss_newton import Solution, Vectors, conjugate_gradients, gauss_newton_product
@@ -41,6 +43,7 @@ from ekfac.token_derivatives import token_loss_derivatives
 __all__ = [
     "BLOCK_NUMBERS",
     "Array",
+    "Backend",
     "Covariance",
     "Coverage",
     "Damping",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ekfac.backend import Backend
 from ekfac.convolution import CONVOLUTIONS, patches, places_first
 from ekfac.experts import Routing, Taken, expert_records, own_forward
 from ekfac.functional import LinearUses, own_weight
@@ -36,6 +37,8 @@ def capture(
     the loss where its output gradient is not zero, and a convolution everywhere. Records are float32 at least, each on its layer's device.
     Raises ValueError when a layer was not reached or what it saw cannot be told apart by sequence, and when the loss is not finite.
     """
+    if isinstance(model, Backend):
+        return model.capture(layers, loss, mask, consume)
     taking = _Taking(model, layers, mask, consume)
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))

@@ -1,4 +1,4 @@
-"""Fitting EK-FAC factors to a torch model: two passes over batches, with a decomposition between them.
+"""Fitting EK-FAC factors to a model, of torch or another `Backend`: two passes over batches, with a decomposition between them.
 
 Each pass returns partial sums, so that passes over parts of the data merge with `+`. `fit` is the whole of it for a model and data that one
 process can hold; it needs no files.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ekfac.backend import Backend
 from ekfac.experts import own_forward
-from ekfac.language import SequenceBatch, at_each_counted
+from ekfac.language import SequenceBatch, at_each_counted, weighted
 from ekfac.layers import Layer, evaluation_mode, expert_modules
 from ekfac.parameters import as_parameters, as_vectors
 
@@ -27,6 +28,8 @@ def gauss_newton_product(model: nn.Module, layers: Sequence[Layer], batch: Seque
     J_n is the Jacobian of the sequence's logits at its counted tokens with respect to the layers' parameters, H_n = diag(p) - p pᵀ at each token the
     Hessian of its cross-entropy. Costs about 4/3 Q + 1/3 times a plain forward and backward pass over the batch.
     """
+    if isinstance(model, Backend):
+        return model.gauss_newton(layers, batch.tokens, weighted(batch.counted.double(), batch), vectors)
     tangents = as_parameters(model, layers, vectors)
     weights = {name: model.get_parameter(name).detach() for name in tangents}
     counted = batch.counted[:, 1:]

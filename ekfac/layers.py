@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
+from ekfac.backend import Backend
 from ekfac.convolution import CONVOLUTIONS, unfolded_size
 from ekfac.experts import Matrix, expert_matrices, experts_forward, given
 from ekfac.functional import LinearUses, own_weight
@@ -103,6 +104,8 @@ def attributable_layers(
     inputs cannot be told apart by sequence are left out, and with `same_positions` those that see other positions than T. Raises ValueError when
     a pattern matches no layer that can be attributed, or nothing is left.
     """
+    if isinstance(model, Backend):
+        return model.attributable(run, patterns)
     modules = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     frozen = _frozen(model, modules)
     calls = _calls(model, modules, run)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ekfac.backend import Backend
 from ekfac.layers import Layer
 
 
@@ -15,6 +16,8 @@ def as_parameters(model: nn.Module, layers: Sequence[Layer], vectors: Mapping[st
 
     Experts that are not among the layers have zeros.
     """
+    if isinstance(model, Backend):
+        return model.as_parameters(layers, vectors)
     found: dict[str, Tensor] = {}
     for layer in layers:
         vector, (weight, bias) = vectors[layer.name], parameter_names(model, layer)
@@ -36,6 +39,8 @@ def as_parameters(model: nn.Module, layers: Sequence[Layer], vectors: Mapping[st
 
 def as_vectors(model: nn.Module, layers: Sequence[Layer], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `as_parameters`."""
+    if isinstance(model, Backend):
+        return model.as_vectors(layers, parameters)
     found = {}
     for layer in layers:
         weight, bias = parameter_names(model, layer)
@@ -55,6 +60,8 @@ def as_vectors(model: nn.Module, layers: Sequence[Layer], parameters: Mapping[st
 
 def parameter_names(model: nn.Module, layer: Layer) -> tuple[str, str | None]:
     """The names of the parameters that hold the layer's weight and bias."""
+    if isinstance(model, Backend):
+        return model.parameter_names(layer)
     if layer.parameter is not None:
         weight = f"{layer.modules[0]}.{layer.parameter}"
         return weight, f"{weight}_bias" if layer.bias else None

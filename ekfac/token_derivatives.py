@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ekfac.backend import Backend
 from ekfac.experts import own_forward
 from ekfac.language import SequenceBatch, at_counted, counted_losses, weighted
 from ekfac.layers import Layer, evaluation_mode, expert_modules
@@ -21,6 +22,9 @@ def token_loss_derivatives(model: nn.Module, layers: Sequence[Layer], batch: Seq
 
     Row sums equal the vector's inner products with the sequences' gradients (Grosse et al. 2023, appendix B, by linearity). Costs two forward passes.
     """
+    if isinstance(model, Backend):
+        logits, change = model.directional(layers, batch.tokens, vector)
+        return weighted(at_counted(jvp(lambda values: counted_losses(values, batch), (logits,), (change,))[1], batch), batch)
     tangents = as_parameters(model, layers, vector)
     weights = {name: model.get_parameter(name).detach() for name in tangents}
 

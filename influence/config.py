@@ -45,6 +45,9 @@ class ModelConfig(Section):
 
     name: str = Field(description="local directory or hub id of a causal language model")
     revision: str | None = Field(None, description="hub revision: a branch, tag or commit")
+    flax: str | None = Field(
+        None, description="for a model in Flax, the code that makes it: package.module:function or file.py:function (docs/jax.md)"
+    )
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field(
         "float32", description="what weights and activations are computed in"
     )
@@ -263,7 +266,9 @@ class Config(Section):
     def identity(self) -> dict[str, Any]:
         """What results depend on besides the contents of model and data: every setting but places and resources."""
         settings = self.model_dump(mode="json", include={"model", "data", "factors", "index"})
-        del settings["model"]["name"], settings["model"]["revision"], settings["model"]["adapter"], settings["data"]["files"]
+        for place in ("name", "revision", "adapter", "flax"):
+            del settings["model"][place]
+        del settings["data"]["files"]
         if settings["model"]["quantize"] is None:
             del settings["model"]["quantize"]
         return settings
@@ -334,6 +339,8 @@ def _with_resolved_paths(config: Config) -> Config:
         model = model.model_copy(update={"name": str(Path(model.name).expanduser().resolve())})
     if model.adapter is not None and is_local_model(model.adapter):
         model = model.model_copy(update={"adapter": str(Path(model.adapter).expanduser().resolve())})
+    if model.flax is not None and model.flax.rpartition(":")[0].endswith(".py"):
+        model = model.model_copy(update={"flax": str(Path(model.flax).expanduser().resolve())})
     files = [absolute(name) for name in config.data.files]
     run = config.run
     if not is_url(run.dir):

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ekfac import SequenceBatch, evaluation_mode
+from ekfac import Backend, SequenceBatch, evaluation_mode
 from influence.errors import RequestError
 from influence.measurement import MeasuredFunction
 
@@ -66,6 +66,8 @@ def read_direction(path: Path, model: nn.Module) -> tuple[str, Tensor]:
         raise RequestError(f"--direction: {path} cannot be read as safetensors: {error}") from None
     if len(tensors) != 1:
         raise RequestError(f"--direction: {path} holds {len(tensors)} tensors; expected one, the vector, under the name of a module")
+    if isinstance(model, Backend):
+        raise RequestError("--direction: the activations of a Flax model's modules cannot be asked about")
     ((layer, vector),) = tensors.items()
     known = [name for name, _ in model.named_modules() if name]
     if layer not in known:

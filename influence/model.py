@@ -51,6 +51,10 @@ def load_model(config: ModelConfig, memory_budget: int = 0) -> LanguageModel:
 
     Raises RequestError when it cannot be found, is not causal, has weights that are not finite, or has too many for these GPUs.
     """
+    if config.flax is not None:
+        from influence.jax_model import load_flax
+
+        return LanguageModel(model=load_flax(config), tokenizer=load_tokenizer(config))
     from transformers import AutoModelForCausalLM
 
     divided = _division(memory_budget)
@@ -99,6 +103,10 @@ def model_without_weights(config: ModelConfig) -> nn.Module:
 
     Raises RequestError when there is no configuration of a causal language model.
     """
+    if config.flax is not None:
+        raise RequestError(
+            "a Flax model cannot be planned for yet: influence plan knows models that a config.json describes to transformers"
+        )
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if Path(config.name).is_absolute() and not (Path(config.name) / "config.json").is_file():

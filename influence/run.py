@@ -27,6 +27,7 @@ from influence.errors import RequestError
 from influence.fidelity import Fidelity
 from influence.filters import matching
 from influence.health import Health, measure_health
+from influence.jax_model import check_trusted
 from influence.lexical import LexicalSearch, read_lexical
 from influence.measurement import (
     MeasuredFunction,
@@ -78,14 +79,20 @@ Function = Callable[[nn.Module, SequenceBatch], torch.Tensor]
 class Run:
     """What one run directory holds. Loaded lazily and kept; nothing is changed but kept answers."""
 
-    def __init__(self, path: Path | str, *, model: str | None = None, memory_budget: int = 16 * 2**30) -> None:
+    def __init__(self, path: Path | str, *, model: str | None = None, flax: str | None = None, memory_budget: int = 16 * 2**30) -> None:
         self.directory = run_directory(path)
         self.description = self.directory.describe()
         self.fingerprints = artifacts.stage_fingerprints(self.description)
         self.memory_budget = memory_budget
         settings, sources = self.description["settings"], self.description["sources"]
-        places = {"name": model or sources["model"], "revision": sources["revision"], "adapter": sources.get("adapter")}
+        places = {
+            "name": model or sources["model"],
+            "revision": sources["revision"],
+            "adapter": sources.get("adapter"),
+            "flax": sources.get("flax"),
+        }
         self.model_config = ModelConfig(**places, **settings["model"])
+        self._named_code = flax
         self.factors_config = FactorsConfig(**settings["factors"])
         self.index_config = IndexConfig(**settings["index"])
         self._opened_with = self.directory.living  # what is appended later is seen when the run is opened again
@@ -114,7 +121,7 @@ class Run:
 
     def opened_again(self) -> "Run":
         """The run as it is now on disk; the model and the factors, which no append and no removal changes, are taken over."""
-        fresh = Run(str(self.directory), model=self.model_config.name, memory_budget=self.memory_budget)
+        fresh = Run(str(self.directory), model=self.model_config.name, flax=self._named_code, memory_budget=self.memory_budget)
         kept = ("tokenizer", "language_model", "coverage", "layer_groups", "attributed", "features", "_loaded")
         fresh.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
         return fresh
@@ -153,6 +160,8 @@ class Run:
     @cached_property
     def language_model(self) -> LanguageModel:
         """The model. Raises RequestError when its weights are not those that the run was made with."""
+        if self.model_config.flax is not None:
+            check_trusted(self.model_config.flax, self._named_code, str(self.directory))
         loaded = load_model(self.model_config, self.memory_budget)
         self._check_same("model", model_fingerprint(loaded.model))
         self._check_same("tokenizer", self._tokenizer_fingerprint(loaded.tokenizer))

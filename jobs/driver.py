@@ -37,7 +37,7 @@ def run_all(config: Config, until: str | None = None) -> Run:
     create_run(config)
     executor: Executor | None = None
     with run_directory(config.run.dir).exclusive(), ExitStack() as stack:
-        run = Run(config.run.dir, memory_budget=config.resources.memory_budget)
+        run = Run(config.run.dir, flax=config.model.flax, memory_budget=config.resources.memory_budget)
         for stage in STAGES[: 1 + names.index(until)] if until else STAGES:
             units = stage.units(run)
             missing = run.directory.missing(stage.name, units, run.fingerprints[stage.name])

@@ -74,7 +74,7 @@ class StageWork:
         if self.run is not None and not stage.needs_model and "language_model" in vars(self.run):
             self._forget()
         if self.run is None:
-            self.run = Run(self.config.run.dir, memory_budget=self.config.resources.memory_budget)
+            self.run = Run(self.config.run.dir, flax=self.config.model.flax, memory_budget=self.config.resources.memory_budget)
         do_unit(stage, self.run, self.config, unit)
 
     def _forget(self) -> None:

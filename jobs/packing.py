@@ -32,6 +32,9 @@ def pack(config: Config, directory: Path) -> None:
     if model.adapter is not None and not Path(model.adapter).is_absolute() and is_local_model(model.adapter):
         taken_adapter = _take(_existing_model(model.adapter), directory, Path("adapter"), "model.adapter")
         model = model.model_copy(update={"adapter": taken_adapter})
+    code, _, function = (model.flax or "").rpartition(":")
+    if code.endswith(".py") and not Path(code).is_absolute():
+        model = model.model_copy(update={"flax": f"{_take(_existing_code(code), directory, Path('code'), 'model.flax')}:{function}"})
     places = [list(_places(name, len(files) == 1)) for name in files]
     taken: list[str] = []
     for name, found in zip(files, places, strict=True):
@@ -60,6 +63,13 @@ def _existing_model(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
         raise RequestError(f"there is no model directory at {name}; an absolute path is one on the cluster")
+    return path
+
+
+def _existing_code(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise RequestError(f"there is no file {name} for model.flax; an absolute path is one on the cluster")
     return path
 
 

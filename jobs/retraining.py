@@ -61,6 +61,8 @@ def retraining_of(run: Run, base: str, measurements: Sequence[Measurement], sett
     local = Path(base).expanduser()
     name = str(local.resolve()) if local.is_dir() or base.startswith((".", "~")) else base
     config = ModelConfig(name=name, dtype="float64" if run.model_config.dtype == "float64" else "float32")
+    if run.model_config.flax is not None:
+        raise RequestError("--retrain trains torch models: of a Flax model, measure with losses of your own retraining")
     loaded = load_model(config)
     _check_base(loaded, run, base)
     weights, sequences = model_fingerprint(loaded.model), sequences_digest(run.store)

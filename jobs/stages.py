@@ -119,6 +119,7 @@ def create_run(config: Config) -> None:
                 "model": config.model.name,
                 "revision": config.model.revision,
                 **({} if config.model.adapter is None else {"adapter": config.model.adapter}),
+                **({} if config.model.flax is None else {"flax": config.model.flax}),
                 "files": config.data.files,
             },
         },

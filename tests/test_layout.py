@@ -17,6 +17,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ekfac", "indexing", "influence", "jobs")  # a package imports from those to its left and from itself
 
+IN_JAX = ("ekfac.jax_marks", "ekfac.jax_tape", "ekfac.jax_model", "ekfac.flax_linen", "ekfac.flax_nnx")
+
 # Who may import what. A name on the right is a package or a module with everything below it.
 ONLY_IN = {
     "ray": ("jobs",),
@@ -28,6 +30,9 @@ ONLY_IN = {
     "uvicorn": ("influence.service", "jobs"),
     "prometheus_client": ("influence.service",),
     "httpx": ("influence.client",),
+    "jax": (*IN_JAX, "influence.jax_model"),
+    "flax": ("ekfac.flax_linen", "ekfac.flax_nnx", "influence.jax_model"),
+    "orbax": ("influence.jax_model",),
 }
 PICKLES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 PICKLING_FUNCTIONS = ("torch.load", "torch.save", "pandas.read_pickle", "ray.cloudpickle")

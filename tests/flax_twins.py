@@ -1,0 +1,146 @@
+"""Twins: tiny transformers in Flax with the weights of models in torch, parameter by parameter."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+WIDTH, HEADS, POSITIONS, VOCABULARY = 12, 3, 20, 37
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int = WIDTH
+    heads: int = HEADS
+    positions: int = POSITIONS
+    vocabulary: int = VOCABULARY
+    num_layers: int = 2
+
+
+def attention(x: Any, joined: Any, heads: int) -> Any:
+    """Causal self-attention from the joined queries, keys and values."""
+    sequences, length, width = x.shape
+    queries, keys, values = (part.reshape(sequences, length, heads, width // heads) for part in jnp.split(joined, 3, -1))
+    logits = jnp.einsum("nqhd,nkhd->nhqk", queries, keys) / jnp.sqrt(width // heads).astype(x.dtype)
+    logits = jnp.where(jnp.tril(jnp.ones((length, length), bool)), logits, -1e30)
+    return jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(logits), values).reshape(x.shape)
+
+
+class Attention(nn.Module):
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(self.sizes.width, name="c_proj")(attention(x, nn.Dense(3 * self.sizes.width, name="c_attn")(x), self.sizes.heads))
+
+
+class Mlp(nn.Module):
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(self.sizes.width, name="c_proj")(nn.gelu(nn.Dense(4 * self.sizes.width, name="c_fc")(x)))
+
+
+class Block(nn.Module):
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, x: Any, _: Any = None) -> Any:
+        x = x + Attention(self.sizes, name="attn")(nn.LayerNorm(epsilon=1e-5, name="ln_1")(x))
+        return x + Mlp(self.sizes, name="mlp")(nn.LayerNorm(epsilon=1e-5, name="ln_2")(x)), None
+
+
+class Blocks(nn.Module):
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for number in range(self.sizes.num_layers):
+            x, _ = Block(self.sizes, name=str(number))(x)
+        return x
+
+
+class Transformer(nn.Module):
+    """`layout`: the blocks one by one, or scanned and rematerialised."""
+
+    sizes: Sizes
+    layout: str
+
+    @nn.compact
+    def __call__(self, tokens: Any) -> Any:
+        table = nn.Embed(self.sizes.vocabulary, self.sizes.width, name="wte")
+        x = table(tokens) + nn.Embed(self.sizes.positions, self.sizes.width, name="wpe")(jnp.arange(tokens.shape[1])[None])
+        if self.layout == "scanned":
+            block = nn.remat(Block, prevent_cse=False)
+            x, _ = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.sizes.num_layers)(
+                self.sizes, name="h"
+            )(x, None)
+        else:
+            x = Blocks(self.sizes, name="h")(x)
+        return table.attend(nn.LayerNorm(epsilon=1e-5, name="ln_f")(x))
+
+
+class Twin(nn.Module):
+    """GPT-2, with torch's names of modules."""
+
+    sizes: Sizes = Sizes()
+    layout: str = "plain"
+
+    @nn.compact
+    def __call__(self, tokens: Any) -> Any:
+        return Transformer(self.sizes, self.layout, name="transformer")(tokens)
+
+
+def linen_twin(settings: dict[str, Any]) -> Twin:
+    """For the settings of a GPT-2 in its config.json."""
+    sizes = Sizes(settings["n_embd"], settings["n_head"], settings["n_positions"], settings["vocab_size"], settings["n_layer"])
+    return Twin(sizes, settings.get("layout", "plain"))
+
+
+def torch_twin(dtype: torch.dtype = torch.float64, sizes: Sizes = Sizes()) -> GPT2LMHeadModel:
+    """Weights are large enough that no gradient is negligible."""
+    config = GPT2Config(
+        vocab_size=sizes.vocabulary,
+        n_positions=sizes.positions,
+        n_embd=sizes.width,
+        n_layer=sizes.num_layers,
+        n_head=sizes.heads,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = GPT2LMHeadModel(config).to(dtype)
+        for parameter in made.parameters():
+            parameter.data += 0.15 * torch.randn_like(parameter)
+    return made.eval()
+
+
+def flax_name(name: str) -> str:
+    """Of a parameter of torch's GPT-2."""
+    owner, _, kind = name.rpartition(".")
+    last = owner.split(".")[-1]
+    if kind == "weight":
+        kind = "embedding" if last in ("wte", "wpe") else "scale" if last.startswith("ln") else "kernel"
+    return f"{owner}.{kind}"
+
+
+def flax_parameters(model: GPT2LMHeadModel) -> dict[str, Any]:
+    """By name, as arrays of JAX; float64 ones need `jax.enable_x64`."""
+    return {flax_name(name): jnp.asarray(value.detach().numpy()) for name, value in model.named_parameters()}
+
+
+def stacked(parameters: dict[str, Any], num_layers: int = 2) -> dict[str, Any]:
+    """The parameters of the blocks stacked on a leading axis, as a scan over them takes them."""
+    first = "transformer.h.0."
+    found = {name: value for name, value in parameters.items() if ".h." not in name}
+    for name in parameters:
+        if name.startswith(first):
+            rest = name.removeprefix(first)
+            found[f"transformer.h.{rest}"] = jnp.stack([parameters[f"transformer.h.{layer}.{rest}"] for layer in range(num_layers)])
+    return found

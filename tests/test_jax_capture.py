@@ -1,0 +1,314 @@
+"""JAX models give the layers, records, factors and derivatives that torch gives for the same weights, and exact gradients of their own."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from conftest import padded_batch
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+from flax_twins import POSITIONS, VOCABULARY, Twin, flax_parameters, stacked, torch_twin
+
+import ekfac
+from ekfac import (
+    SequenceBatch,
+    attributable_layers,
+    capture,
+    fit,
+    gauss_newton_product,
+    sequence_gradients,
+    token_loss_derivatives,
+    true_label_loss,
+)
+from ekfac.flax_linen import linen_model
+from ekfac.flax_nnx import nnx_model
+from ekfac.jax_marks import dense, head, lookup
+from ekfac.jax_model import JaxModel
+
+
+@pytest.fixture(autouse=True)
+def wide() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)  # compilation is most of the time
+    with jax.enable_x64(True):
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def twin(layout: str = "plain") -> JaxModel:
+    parameters = flax_parameters(torch_twin())
+    parameters = stacked(parameters) if layout == "scanned" else parameters
+    return linen_model(Twin(layout=layout), {"params": unflatten_dict(parameters, sep=".")}, longest=POSITIONS)
+
+
+def torch_name(name: str) -> str:
+    """Of a layer of the scanned twin: transformer.h.mlp.c_fc.1 is transformer.h.1.mlp.c_fc."""
+    return re.sub(r"^transformer\.h\.(.*)\.(\d)$", r"transformer.h.\2.\1", name)
+
+
+def run_once(model: torch.nn.Module) -> None:
+    model(input_ids=torch.arange(1, 7)[None], use_cache=False)
+
+
+def batch() -> SequenceBatch:
+    found = padded_batch(lengths=(7, 4, 5, 7), prompt=2)
+    return SequenceBatch(tokens=found.tokens % VOCABULARY, counted=found.counted, keys=found.keys)
+
+
+def captured_gradients(model: torch.nn.Module, batch: SequenceBatch) -> dict[str, torch.Tensor]:
+    gradients: dict[str, torch.Tensor] = {}
+    layers = attributable_layers(model, run_once).layers
+    order: list[str] = []
+
+    def consume(layer: ekfac.Layer, record: ekfac.Record) -> None:
+        order.append(layer.name)
+        gradients[layer.name] = sequence_gradients(record)
+
+    capture(model, layers, lambda: true_label_loss(model, batch), batch.reached, consume)
+    assert order == [layer.name for layer in reversed(layers)] or not isinstance(model, JaxModel)
+    return gradients
+
+
+def oracle(model: JaxModel, batch: SequenceBatch, index: int) -> dict[str, jax.Array]:
+    """The gradient of one sequence without its padding by parameter name: plain `jax.grad` of the model's own function."""
+    length = int(batch.counted[index].nonzero().max()) + 1
+    tokens, counted = jnp.asarray(batch.tokens[index, :length].numpy()), jnp.asarray(batch.counted[index, :length].numpy())
+
+    def loss(parameters: Any) -> jax.Array:
+        log_probabilities = jax.nn.log_softmax(model.apply_function(parameters, tokens[None])[0, :-1])
+        return -(jnp.take_along_axis(log_probabilities, tokens[1:, None], 1)[:, 0] * counted[1:]).sum()
+
+    found: dict[str, jax.Array] = jax.jit(jax.grad(loss))(model.values)
+    return found
+
+
+@pytest.mark.parametrize("layout", [pytest.param("plain", marks=pytest.mark.slow), "scanned"])
+def test_twins_have_the_same_layers_factors_and_gradients(layout: str) -> None:
+    """To the rounding of float64: 1e-9 of the largest entry, since factors divide by small eigenvalues."""
+    model, other, some = twin(layout), torch_twin(), batch()
+    assert torch.allclose(model(input_ids=some.tokens).logits, other(input_ids=some.tokens).logits, atol=1e-12)
+    gradients, expected = captured_gradients(model, some), captured_gradients(other, some)
+    assert [torch_name(name) for name in gradients][::-1] == list(expected)[::-1] or set(map(torch_name, gradients)) == set(expected)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected[torch_name(name)], atol=1e-11), name
+    factors, coverage = fit(model, [some])
+    others, covered = fit(other, [some])
+    assert coverage.share == covered.share == 1
+    for layer in coverage.layers:
+        mine, twins = factors[layer.name], others[torch_name(layer.name)]
+        assert torch.allclose(mine.eigenvalues, twins.eigenvalues, rtol=1e-9, atol=1e-12 * float(twins.eigenvalues.max()))
+        vector = torch.sin(torch.arange(1.0, 1 + layer.shape[0] * layer.shape[1], dtype=torch.float64)).reshape(layer.shape)
+        solved = twins.precondition(vector)
+        assert torch.allclose(mine.precondition(vector), solved, atol=1e-9 * float(solved.abs().max())), layer.name
+
+
+def test_twins_have_the_same_exact_curvature_and_token_shares() -> None:
+    model, other, some = twin("scanned"), torch_twin(), batch()
+    layers, others = attributable_layers(model, run_once).layers, attributable_layers(other, run_once).layers
+    torch.manual_seed(0)
+    vectors = {layer.name: torch.randn(3, *layer.shape, dtype=torch.float64) for layer in others}
+    mine = {layer.name: vectors[torch_name(layer.name)] for layer in layers}
+    expected = gauss_newton_product(other, others, some, vectors)
+    for name, product in gauss_newton_product(model, layers, some, mine).items():
+        assert torch.allclose(product, expected[torch_name(name)], rtol=1e-10, atol=1e-10), name
+    shares = token_loss_derivatives(model, layers, some, {name: vector[0] for name, vector in mine.items()})
+    assert torch.allclose(shares, token_loss_derivatives(other, others, some, {n: v[0] for n, v in vectors.items()}), atol=1e-10)
+    some_layers = [layer for layer in layers if "mlp" in layer.name]  # of a stack, the others stay where they are
+    few = gauss_newton_product(model, some_layers, some, mine)
+    some_others = [layer for layer in others if "mlp" in layer.name]
+    expected = gauss_newton_product(other, some_others, some, vectors)
+    assert all(torch.allclose(product, expected[torch_name(name)], atol=1e-10) for name, product in few.items())
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        queries, keys, values = (nn.DenseGeneral((2, 3), use_bias=name == "v", name=name)(x) for name in "qkv")
+        weights = jnp.tril(jnp.einsum("nqhd,nkhd->nhqk", nn.RMSNorm(name="q_norm")(queries), keys))
+        return nn.DenseGeneral(5, axis=(-2, -1), name="out")(jnp.einsum("nhqk,nkhd->nqhd", weights, values))
+
+
+class CustomNorm(nn.Module):
+    """Of no known class, with a weight that one is added to."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        weight = self.param("scale", nn.initializers.normal(), (x.shape[-1],))
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (1 + weight)
+
+
+class Other(nn.Module):
+    """Separate queries, keys and values, heads of their own, norms of other kinds, a head that is not tied, and what cannot be attributed."""
+
+    @nn.compact
+    def __call__(self, tokens: Any) -> Any:
+        x = nn.Embed(VOCABULARY, 5, name="embed")(tokens)
+        x = x + nn.remat(Attention)(name="attention")(CustomNorm(name="norm")(x))
+        twice = nn.Dense(5, name="twice")
+        x = x + jnp.tanh(twice(jnp.tanh(twice(x))))
+        x = x * self.param("temperature", nn.initializers.ones, (5,))
+        x = x + nn.vmap(nn.Dense, in_axes=None, out_axes=0, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=2)(
+            5, name="experts"
+        )(x).sum(0)
+        return nn.Dense(VOCABULARY, use_bias=False, name="head")(x)
+
+
+def perturbed(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return structure.unflatten([leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)])
+
+
+def test_linen_layers_of_many_kinds_have_their_exact_gradients() -> None:
+    """Against `jax.grad`, sequence by sequence without padding, to the rounding of float64."""
+    model = linen_model(Other(), perturbed(jax.jit(Other().init)(jax.random.key(0), jnp.zeros((1, 4), int))))
+    some = batch()
+    coverage = attributable_layers(model, run_once)
+    assert {layer.name: layer.kind for layer in coverage.layers} == {
+        "embed": "embedding",
+        "norm": "scale",
+        **dict.fromkeys(("attention.q", "attention.k", "attention.v", "attention.out"), "linear"),
+        "attention.q_norm": "scale",
+        "head": "embedding",
+    }
+    assert {layer.input_group for layer in coverage.layers if layer.name in ("attention.q", "attention.k")} == {"attention.q"}
+    assert "called 2 times" in coverage.excluded["twice"]
+    assert set(coverage.excluded) == {"twice", "temperature", "experts"}
+    gradients = captured_gradients(model, some)
+    for index in (0, 1):
+        expected = oracle(model, some, index)
+        for layer in coverage.layers:
+            weight = expected[ekfac.parameters.parameter_names(model, layer)[0]]
+            bias = f"{layer.name}.bias"
+            matrix = weight[:, None] if layer.kind == "scale" else weight if layer.name == "embed" else weight.reshape(layer.inputs, -1).T
+            if layer.bias:
+                matrix = jnp.concatenate([matrix, expected[bias].reshape(-1, 1)], 1)
+            assert torch.allclose(gradients[layer.name][index], torch.from_dlpack(matrix), atol=1e-11), layer.name
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.norm = nnx.LayerNorm(6, rngs=rngs, param_dtype=jnp.float64)
+        self.up = nnx.Linear(6, 8, rngs=rngs, param_dtype=jnp.float64)
+        self.down = nnx.LinearGeneral((2, 4), 6, axis=(-2, -1), use_bias=False, rngs=rngs, param_dtype=jnp.float64)
+
+    def __call__(self, x: Any) -> Any:
+        inner = jnp.tanh(self.up(self.norm(x)))
+        return x + self.down(inner.reshape(*inner.shape[:2], 2, 4))
+
+
+class Nnx(nnx.Module):
+    """A block, two in a scan with rematerialisation, and a tied head."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(VOCABULARY, 6, rngs=rngs, param_dtype=jnp.float64)
+        self.first = Block(rngs)
+        self.blocks = nnx.vmap(Block, in_axes=0)(rngs.split(2))
+        self.last = nnx.RMSNorm(6, rngs=rngs, param_dtype=jnp.float64)
+
+    def __call__(self, tokens: Any) -> Any:
+        x = self.first(self.embed(tokens))
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def through(x: Any, block: Block) -> Any:
+            return nnx.remat(lambda block, x: block(x))(block, x)
+
+        x = jnp.cumsum(through(x, self.blocks), 1)
+        return self.embed.attend(self.last(x))
+
+
+def test_nnx_layers_have_their_exact_gradients_and_the_module_is_untouched() -> None:
+    module = Nnx(nnx.Rngs(0))
+    nnx.update(module, perturbed(nnx.state(module, nnx.Param)))
+    before = nnx.graphdef(module)
+    model, some = nnx_model(module), batch()
+    gradients = captured_gradients(model, some)
+    coverage = attributable_layers(model, run_once)
+    assert coverage.share == 1
+    assert [layer.name for layer in coverage.layers if layer.name.startswith("blocks")] == [
+        f"blocks.{name}.{step}" for step in range(2) for name in ("norm", "up", "down")
+    ]
+    assert nnx.graphdef(module) == before
+    assert nnx.Linear.__call__.__qualname__ == "Linear.__call__"
+    for index in (0, 1):
+        expected = oracle(model, some, index)
+        vectors = model.as_vectors(coverage.layers, {name: torch.from_dlpack(value) for name, value in expected.items()})
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient[index], vectors[name], atol=1e-11), name
+
+
+def test_a_plain_function_with_marked_layers_is_fitted() -> None:
+    """With a loss of its own: least squares, of which the torch module of the same weights has the same factors."""
+    torch.manual_seed(0)
+    other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    names = {"up.kernel": other[0].weight.T, "up.bias": other[0].bias, "down.kernel": other[2].weight.T, "down.bias": other[2].bias}
+    values = {name: jnp.asarray(value.detach().numpy()) for name, value in names.items()}
+
+    def apply(parameters: Any, inputs: Any) -> Any:
+        hidden = jnp.tanh(dense(inputs, parameters["up.kernel"], parameters["up.bias"], layer="up"))
+        return dense(hidden, parameters["down.kernel"], parameters["down.bias"], layer="down")
+
+    inputs, targets = torch.randn(5, 4, 3, dtype=torch.float64), torch.randn(5, 4, 2, dtype=torch.float64)
+
+    def loss(model: torch.nn.Module, given: Any) -> torch.Tensor:
+        output = model(given[0])
+        return (getattr(output, "logits", output) - given[1]).square().sum()
+
+    def mask(given: Any) -> torch.Tensor:
+        return torch.ones(given[0].shape[:2], dtype=torch.bool)
+
+    factors, _ = fit(JaxModel(apply, values), [(inputs, targets)], loss=loss, mask=mask)
+    expected, _ = fit(other, [(inputs, targets)], loss=loss, mask=mask)
+    for name, place in (("up", "0"), ("down", "2")):
+        assert torch.allclose(factors[name].eigenvalues, expected[place].eigenvalues, rtol=1e-9, atol=1e-12)
+
+
+def test_batches_of_many_shapes_are_few_compilations() -> None:
+    table, weight = jnp.ones((VOCABULARY, 3)), jnp.ones((3, 3))
+
+    def apply(parameters: Any, tokens: Any) -> Any:
+        x = lookup(tokens, parameters["embed.embedding"], layer="embed")
+        return head(dense(x, parameters["inner.kernel"], layer="inner"), parameters["embed.embedding"], layer="embed")
+
+    model = JaxModel(apply, {"embed.embedding": table, "inner.kernel": weight})
+    layers = attributable_layers(model, run_once).layers
+    assert [layer.name for layer in layers] == ["embed", "inner"]
+    for sequences, length in ((4, 9), (3, 12), (4, 16), (4, 11), (3, 15), (4, 10)):
+        some = padded_batch(lengths=(length,) * sequences, num_positions=length)
+        some = SequenceBatch(tokens=some.tokens % VOCABULARY, counted=some.counted, keys=some.keys)
+        capture(model, layers, lambda some=some: true_label_loss(model, some), some.reached, lambda layer, record: None)  # type: ignore[misc]
+    assert model._forward._cache_size() == model._backward._cache_size() == 2  # 3 and 4 sequences of 16
+
+
+def refused(apply: Callable[..., Any], parameters: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        attributable_layers(JaxModel(apply, parameters), run_once)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_cannot_be_attributed_is_refused_in_a_line() -> None:
+    table, weight = jnp.ones((VOCABULARY, 3)), jnp.ones((3, VOCABULARY))
+
+    def looped(parameters: Any, tokens: Any) -> Any:
+        x = parameters["embed"][tokens]
+        x = jax.lax.while_loop(lambda state: state[0] < 3, lambda s: (s[0] + 1, dense(s[1], weight @ table, layer="loop")), (0, x))[1]
+        return x @ parameters["head.kernel"]
+
+    assert "there are 0" in refused(looped, {"embed": table, "head.kernel": weight})
+    assert "expected logits" in refused(lambda parameters, tokens: parameters["embed"][tokens][0], {"embed": table})
+
+    def shared(parameters: Any, tokens: Any) -> Any:
+        x = lookup(tokens, parameters["embed.embedding"], layer="embed")
+        return jax.lax.scan(lambda x, _: (dense(x, parameters["inner.kernel"], layer="inner"), None), x, None, length=3)[0] @ weight
+
+    model = JaxModel(shared, {"embed.embedding": table, "inner.kernel": jnp.ones((3, 3))})
+    assert "called 3 times" in attributable_layers(model, run_once).excluded["inner"]
+    some, layers = batch(), attributable_layers(model, run_once).layers
+    with pytest.raises(ValueError, match="not finite"):
+        capture(model, layers, lambda: true_label_loss(model, some) / 0, some.reached, lambda *_: None)
