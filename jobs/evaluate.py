@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from influence.evaluation.recipe import Recipe
 
 FIDELITY_SEQUENCES = 5_000
+PBRF_STEPS = 30
 DEFAULT_METHODS = ("ekfac", "gradient-cosine", "bm25")
 
 
@@ -316,6 +317,38 @@ def mislabel(
     run = open_within(context.obj, model, memory_budget)
     directory = _directory_for(run, out)
     _finish(measure_mislabel(run, read_labels(run, labels), directory), as_json)
+
+
+@evaluate.command()
+def pbrf(
+    context: typer.Context,
+    queries: QueryFile,
+    copies: Annotated[int, typer.Option("--copies", help="of how many training sequences one more copy is made, one at a time")] = 20,
+    refine_steps: RefineSteps = PBRF_STEPS,
+    refine_sequences: RefineSequences = RefineOptions.sequences,
+    scores: ScoreFiles = None,
+    workers: Workers = None,
+    address: Address = None,
+    out: Out = None,
+    model: ModelOption = None,
+    memory_budget: Memory = "16GiB",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The damped response to one more copy of a sequence, solved directly: how well scores predict it. For small models."""
+    from influence.evaluation.methods import read_scores
+    from jobs.pbrf import METHODS, measure_pbrf
+    from jobs.retraining import check_whole
+
+    run = open_within(context.obj, model, memory_budget)
+    check_whole(run, "pbrf")
+    run.directory.check_changeable()
+    _, files = _methods(METHODS, scores)
+    directory = _directory_for(run, out)
+    asked = measurements_of(run, None, None, None, None, queries)
+    external = {name: read_scores(path, len(asked), len(run.store)) for name, path in files.items()}
+    refine = RefineOptions(steps=refine_steps, sequences=refine_sequences, tolerance=0.001)
+    _finish(measure_pbrf(run, asked, copies, refine, external, _resources(workers, address), directory), as_json)
 
 
 def _given(**options: Any) -> dict[str, Any]:

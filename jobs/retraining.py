@@ -4,8 +4,7 @@ A unit is (set of sequences, seed): one model, trained and measured, of which th
 workers do them in any order, a second call goes on where the first was stopped, and of more sets or seeds only the new ones are work.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +25,7 @@ from influence.model import LanguageModel, embedded_tokens, load_model, longest_
 from influence.run import Run
 from influence.run_directory import digest, write_json
 from influence.sequences import TrainingSequence
-from jobs.executors import Done, RayWorkers, ray_connection
-from jobs.progress import bar, say
-from jobs.scheduler import Failure
+from jobs.units import do_missing
 
 FORMAT = 2
 """Version of how a model is trained and measured. Another one starts anew."""
@@ -169,29 +166,15 @@ def mask_and_seed(unit: str) -> tuple[str, int]:
     return name, int(seed)
 
 
-def retrain(
-    run: Run, retraining: Retraining, masks: NDArray[np.bool_], num_seeds: int, resources: ResourcesConfig, title: str = "retraining"
-) -> tuple[Path, Bank]:
+def retrain(run: Run, retraining: Retraining, masks: NDArray[np.bool_], num_seeds: int, resources: ResourcesConfig) -> tuple[Path, Bank]:
     """Does what is missing of the units, and writes the bank of them all below the run's `evaluations/`. Gives its path, and the bank.
 
     `masks` [S, N] say which sequences each model is trained on.
     """
     names = [mask_name(mask) for mask in masks]
     units = list(dict.fromkeys(unit_of(name, seed) for name in names for seed in range(num_seeds)))
-    with run.directory.exclusive(), ExitStack() as stack:
-        missing = [unit for unit in units if not run.directory.is_done(retraining.place, unit, retraining.unit_fingerprint(unit))]
-        if missing:
-            do_all = _executor(RetrainingWork(retraining, dict(zip(names, masks, strict=True))), resources, stack)
-            progress = stack.enter_context(bar(title))
-            finished = len(units) - len(missing)
-            progress.advance(finished, len(units))
-
-            def done(_: str) -> None:
-                nonlocal finished
-                finished += 1
-                progress.advance(finished, len(units))
-
-            do_all(dict.fromkeys(missing, 1.0), done)
+    with run.directory.exclusive():
+        do_missing(run, retraining, units, RetrainingWork(retraining, dict(zip(names, masks, strict=True))), resources, "retraining")
         directory = run.directory.path / retraining.place
         write_json(directory / "retraining.json", _record(retraining))
         bank = _bank(run, retraining, masks, num_seeds)
@@ -212,24 +195,6 @@ def _record(retraining: Retraining) -> dict[str, Any]:
         "paired": retraining.paired,
         "fingerprint": retraining.fingerprint,
     }
-
-
-def _executor(work: RetrainingWork, resources: ResourcesConfig, stack: ExitStack) -> Callable[[Mapping[str, float], Done], None]:
-    if resources.workers == 0 and resources.address is None:
-
-        def in_this_process(units: Mapping[str, float], done: Done) -> None:
-            for unit in units:
-                work.do("retraining", unit)
-                done(unit)
-
-        return in_this_process
-    workers = RayWorkers(resources, stack.enter_context(ray_connection(resources)), work)
-    stack.callback(workers.close)
-
-    def failed(failure: Failure) -> None:
-        say(f"{failure.unit} failed (try {failure.attempt}): {failure.reason}")
-
-    return lambda units, done: workers.do_all("retraining", units, done, failed)
 
 
 def _bank(run: Run, retraining: Retraining, masks: NDArray[np.bool_], num_seeds: int) -> Bank:
