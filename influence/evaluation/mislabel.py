@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from influence.attribution import query_gradients
+from influence.attribution import query_gradients, scan_parts
 from influence.errors import RequestError
 from influence.evaluation.intervals import NUM_RESAMPLES, Estimate, central
 from influence.evaluation.retraining import query_losses
 from influence.measurement import Measurement
 from influence.run import Run
-from influence.solving import Progress, in_groups
+from influence.sequences import TrainingSequence
+from influence.solving import Progress, in_groups, solved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,8 @@ def labels_of(run: Run, lines: Sequence[tuple[str, Mapping[str, Any], str]]) -> 
 
 
 def label_scores(run: Run, labels: Labels, progress: Progress) -> dict[str, NDArray[np.float64]]:
-    """[M] by each score, larger where a label is suspected: self-influence and loss of the sequence, and of its label alone where it is known."""
+    """[M] by each score, larger where a label is suspected: self-influence and loss of the sequence, and where labels are known, of the label alone,
+    and how strongly the sequence is an opponent of the label that it opposes most."""
     sequences = run.store.select(labels.numbers.tolist())
     whole = [Measurement(prompt="", completion=one.text, contrast=None, parts=((1.0, one),)) for one in sequences]
     model = run.language_model.model
@@ -63,6 +65,7 @@ def label_scores(run: Run, labels: Labels, progress: Progress) -> dict[str, NDAr
     if labels.asked is not None:
         found = {
             "self-influence of the label": self_influence(run, labels.asked, progress),
+            "opposition to another label": opposition(run, labels.asked, sequences),
             "loss of the label": query_losses(model, labels.asked, 16),
             **found,
         }
@@ -81,6 +84,14 @@ def self_influence(run: Run, measurements: Sequence[Measurement], progress: Prog
         found.append(total)
         progress(sum(map(len, found)), len(measurements))
     return np.asarray(np.concatenate(found) / len(run.training))
+
+
+def opposition(run: Run, measurements: Sequence[Measurement], sequences: Sequence[TrainingSequence]) -> NDArray[np.float64]:
+    """[M]: minus the smallest influence, in nats, of each sequence on the label of another: a wrong label is contradicted by right ones."""
+    groups = in_groups(measurements, run, None)
+    scores = np.concatenate([scan_parts(solved(run, run.attributed, group, None).vectors, sequences) for group in groups])
+    np.fill_diagonal(scores, np.inf)
+    return np.asarray(-scores.min(0) / len(run.training))
 
 
 def auc(scores: NDArray[np.float64], wrong: NDArray[np.bool_]) -> Estimate:
