@@ -118,13 +118,16 @@ def _quiet_libraries() -> None:
 def demo(
     out: Out = Path("runs/demo"),
     workers: Annotated[int, typer.Option("--workers", min=0, help="Ray workers; 0 runs everything in this process")] = 0,
+    flip: Annotated[
+        float, typer.Option("--flip", metavar="SHARE", help="make so much of the planted statements wrong, for `evaluate mislabel`")
+    ] = 0.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """The whole main job on real text, offline: data, model, factors, index, queries with known answers, report."""
     from jobs.demo.run import run_demo
 
-    outcome = run_demo(out, workers)
+    outcome = run_demo(out, workers, flip)
     if as_json:
         _print_json(outcome.to_json())
     else:
@@ -297,11 +300,11 @@ def report(
 
 
 app.command()(with_config_options(plan))
-app.command()(evaluate)
 app.command()(health)
 app.command()(serve)
 app.command()(tokens)
 app.command()(with_config_options(submit))
+app.add_typer(evaluate, name="evaluate")
 app.add_typer(jobs, name="jobs")
 
 

@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from influence.evaluation.bank import Bank
+from influence.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES
 from influence.evaluation.lds import (
-    CONFIDENCE,
-    NUM_RESAMPLES,
     DatamodellingScore,
     Difference,
     difference,

@@ -1,38 +1,43 @@
-"""Retraining a run's base model on random halves of its training sequences, for a bank that scores can be compared with.
+"""Retraining a run's base model on parts of its training sequences, for a bank that scores can be compared with.
 
-A unit is (subset, seed): one model, trained and measured, of which the losses of the queries are kept. Units are independent: any number of
-workers do them in any order, a second call goes on where the first was stopped, and of more subsets or seeds only the new ones are work.
+A unit is (set of sequences, seed): one model, trained and measured, of which the losses of the queries are kept. Units are independent: any number of
+workers do them in any order, a second call goes on where the first was stopped, and of more sets or seeds only the new ones are work.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from influence.config import ModelConfig, ResourcesConfig
 from influence.errors import RequestError
 from influence.evaluation.bank import FEWEST_SUBSETS, Bank, query_digest, sequences_digest, write_bank
-from influence.evaluation.retraining import RetrainingSettings, fine_tuned, query_losses, random_half
+from influence.evaluation.recipe import FILE as RECIPE_FILE
+from influence.evaluation.recipe import Recipe
+from influence.evaluation.retraining import RetrainingSettings, fine_tuned, mask_name, query_losses
+from influence.living import Living
 from influence.measurement import Measurement
 from influence.model import LanguageModel, embedded_tokens, load_model, longest_sequence, model_fingerprint
 from influence.run import Run
 from influence.run_directory import digest, write_json
 from influence.sequences import TrainingSequence
-from jobs.executors import Done, RayWorkers, ray_connection
-from jobs.progress import bar, say
-from jobs.scheduler import Failure
+from jobs.units import do_missing
 
-FORMAT = 1
+FORMAT = 2
 """Version of how a model is trained and measured. Another one starts anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retraining:
-    """What is retrained and measured; everything that the losses of a unit depend on besides its subset and seed is in `fingerprint`."""
+    """What is retrained and measured; everything that the losses of a unit depend on besides its set of sequences and seed is in `fingerprint`.
+
+    Paired models see the batches of a training on everything, with what is left out missing from them, and those of one seed differ by nothing else:
+    for the effect of leaving out a few. Others see batches of their own, in an order of their own: for what models of such sets have in common.
+    """
 
     run: str
     base: ModelConfig
@@ -40,6 +45,8 @@ class Retraining:
     sequences: str  # their digest
     measurements: tuple[Measurement, ...]
     settings: RetrainingSettings
+    first_seed: int
+    paired: bool
     fingerprint: str
 
     @property
@@ -51,13 +58,26 @@ class Retraining:
         return digest([self.fingerprint, unit])
 
 
-def retraining_of(run: Run, base: str, measurements: Sequence[Measurement], settings: RetrainingSettings) -> Retraining:
-    """The retraining of `base`, a local directory or hub id, on the run's sequences. Loads it once.
+def check_whole(run: Run, metric: str) -> None:
+    """Raises RequestError when the run's sequences are not those that the model was trained on, all and alone."""
+    if run.directory.living != Living():
+        raise RequestError(
+            f"sequences were appended to {run.directory} or removed from it: {metric} needs the training sequences, all and alone"
+        )
+
+
+def retraining_of(run: Run, recipe: Recipe, measurements: Sequence[Measurement], *, paired: bool) -> Retraining:
+    """The retraining of the recipe's base, a local directory or hub id, on the run's sequences. Loads it once.
 
     It is trained in float64 where the run computes in it, in float32 otherwise. Raises RequestError when it cannot have become the run's model.
     """
     if run.model_config.adapter is not None:
         raise RequestError(f"{run.directory} is of an adapter, and retraining trains whole models: give scores of a model without one")
+    base = recipe.base
+    if base is None:
+        raise RequestError(
+            f"retraining needs --base: the model before it was trained on the data, as a directory or hub id (or {RECIPE_FILE} beside the model)"
+        )
     local = Path(base).expanduser()
     name = str(local.resolve()) if local.is_dir() or base.startswith((".", "~")) else base
     config = ModelConfig(name=name, dtype="float64" if run.model_config.dtype == "float64" else "float32")
@@ -67,16 +87,17 @@ def retraining_of(run: Run, base: str, measurements: Sequence[Measurement], sett
     _check_base(loaded, run, base)
     weights, sequences = model_fingerprint(loaded.model), sequences_digest(run.store)
     queries = [query_digest(measurement) for measurement in measurements]
+    how = [asdict(recipe.settings), recipe.seed, paired]
     return Retraining(
         run=str(run.directory.path.resolve()),
         base=config,
         base_fingerprint=weights,
         sequences=sequences,
         measurements=tuple(measurements),
-        settings=settings,
-        fingerprint=digest(
-            [FORMAT, weights, run.description["fingerprints"]["tokenizer"], sequences, run.store.ids, queries, asdict(settings)]
-        ),
+        settings=recipe.settings,
+        first_seed=recipe.seed,
+        paired=paired,
+        fingerprint=digest([FORMAT, weights, run.description["fingerprints"]["tokenizer"], sequences, run.store.ids, queries, how]),
     )
 
 
@@ -98,8 +119,8 @@ def _check_base(loaded: LanguageModel, run: Run, base: str) -> None:
 class RetrainingWork:
     """One worker's side: base model and sequences are loaded with the first unit, and kept."""
 
-    def __init__(self, retraining: Retraining) -> None:
-        self.retraining = retraining
+    def __init__(self, retraining: Retraining, masks: Mapping[str, NDArray[np.bool_]]) -> None:
+        self.retraining, self.masks = retraining, masks
 
     @cached_property
     def run(self) -> Run:
@@ -124,49 +145,46 @@ class RetrainingWork:
         made_from = self.retraining.unit_fingerprint(unit)
         if self.run.directory.is_done(self.retraining.place, unit, made_from):
             return
-        losses = self._losses(*subset_and_seed(unit))
+        losses = self._losses(*mask_and_seed(unit))
         self.run.directory.write_unit(
             self.retraining.place, unit, made_from, lambda directory: np.save(directory / "losses.npy", losses, allow_pickle=False)
         )
 
-    def _losses(self, subset: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        mask, settings = random_half(self.run.store.ids, subset), self.retraining.settings
-        half = [sequence for sequence, chosen in zip(self.sequences, mask, strict=True) if chosen]
-        model = fine_tuned(self.base.model, half, settings, seed=int(digest([subset, seed])[7:22], 16))
-        return query_losses(model, self.retraining.measurements, settings.batch_size)
+    def _losses(self, name: str, number: int) -> NDArray[np.float64]:
+        mask, plan = self.masks[name], self.retraining
+        if plan.paired:
+            left_out = np.flatnonzero(~mask).tolist()
+            model = fine_tuned(self.base.model, self.sequences, plan.settings, plan.first_seed + number, left_out=left_out)
+        else:
+            kept = [sequence for sequence, chosen in zip(self.sequences, mask, strict=True) if chosen]
+            model = fine_tuned(self.base.model, kept, plan.settings, int(digest([name, plan.first_seed + number])[7:22], 16))
+        return query_losses(model, plan.measurements, plan.settings.batch_size)
 
 
-def unit_of(subset: int, seed: int) -> str:
-    return f"subset-{subset:05d}-seed-{seed}"
+def unit_of(name: str, seed: int) -> str:
+    return f"{name}-seed-{seed}"
 
 
-def subset_and_seed(unit: str) -> tuple[int, int]:
-    _, subset, _, seed = unit.split("-")
-    return int(subset), int(seed)
+def mask_and_seed(unit: str) -> tuple[str, int]:
+    name, _, seed = unit.split("-")
+    return name, int(seed)
 
 
-def retrain(run: Run, retraining: Retraining, num_subsets: int, num_seeds: int, resources: ResourcesConfig) -> Path:
-    """Does what is missing of the units, and writes the bank of them all below the run's `evaluations/`. Returns its path."""
-    units = [unit_of(subset, seed) for subset in range(num_subsets) for seed in range(num_seeds)]
-    with run.directory.exclusive(), ExitStack() as stack:
-        missing = [unit for unit in units if not run.directory.is_done(retraining.place, unit, retraining.unit_fingerprint(unit))]
-        if missing:
-            do_all = _executor(retraining, resources, stack)
-            progress = stack.enter_context(bar("retraining"))
-            finished = len(units) - len(missing)
-            progress.advance(finished, len(units))
+def retrain(run: Run, retraining: Retraining, masks: NDArray[np.bool_], num_seeds: int, resources: ResourcesConfig) -> tuple[Path, Bank]:
+    """Does what is missing of the units, and writes the bank of them all below the run's `evaluations/`. Gives its path, and the bank.
 
-            def done(_: str) -> None:
-                nonlocal finished
-                finished += 1
-                progress.advance(finished, len(units))
-
-            do_all(dict.fromkeys(missing, 1.0), done)
+    `masks` [S, N] say which sequences each model is trained on.
+    """
+    names = [mask_name(mask) for mask in masks]
+    units = list(dict.fromkeys(unit_of(name, seed) for name in names for seed in range(num_seeds)))
+    with run.directory.exclusive():
+        do_missing(run, retraining, units, RetrainingWork(retraining, dict(zip(names, masks, strict=True))), resources, "retraining")
         directory = run.directory.path / retraining.place
         write_json(directory / "retraining.json", _record(retraining))
-        path = directory / f"bank-{num_subsets}-subsets-{num_seeds}-seeds.npz"
-        write_bank(path, _bank(run, retraining, num_subsets, num_seeds))
-    return path
+        bank = _bank(run, retraining, masks, num_seeds)
+        path = directory / f"bank-{len(masks)}-subsets-{num_seeds}-seeds.npz"
+        write_bank(path, bank)
+    return path, bank
 
 
 def _record(retraining: Retraining) -> dict[str, Any]:
@@ -177,37 +195,20 @@ def _record(retraining: Retraining) -> dict[str, Any]:
         "sequences": retraining.sequences,
         "queries": [measurement.prompt + measurement.completion for measurement in retraining.measurements],
         "settings": asdict(retraining.settings),
+        "first_seed": retraining.first_seed,
+        "paired": retraining.paired,
         "fingerprint": retraining.fingerprint,
     }
 
 
-def _executor(retraining: Retraining, resources: ResourcesConfig, stack: ExitStack) -> Callable[[Mapping[str, float], Done], None]:
-    work = RetrainingWork(retraining)
-    if resources.workers == 0 and resources.address is None:
-
-        def in_this_process(units: Mapping[str, float], done: Done) -> None:
-            for unit in units:
-                work.do("retraining", unit)
-                done(unit)
-
-        return in_this_process
-    workers = RayWorkers(resources, stack.enter_context(ray_connection(resources)), work)
-    stack.callback(workers.close)
-
-    def failed(failure: Failure) -> None:
-        say(f"{failure.unit} failed (try {failure.attempt}): {failure.reason}")
-
-    return lambda units, done: workers.do_all("retraining", units, done, failed)
-
-
-def _bank(run: Run, retraining: Retraining, num_subsets: int, num_seeds: int) -> Bank:
-    def losses(subset: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        path = run.directory.unit_path(retraining.place, unit_of(subset, seed)) / "losses.npy"
+def _bank(run: Run, retraining: Retraining, masks: NDArray[np.bool_], num_seeds: int) -> Bank:
+    def losses(name: str, seed: int) -> NDArray[np.float64]:
+        path = run.directory.unit_path(retraining.place, unit_of(name, seed)) / "losses.npy"
         return np.asarray(np.load(path, allow_pickle=False))
 
     return Bank(
-        masks=np.stack([random_half(run.store.ids, subset) for subset in range(num_subsets)]),
-        losses=np.stack([[losses(subset, seed) for subset in range(num_subsets)] for seed in range(num_seeds)]),
+        masks=masks,
+        losses=np.stack([[losses(mask_name(mask), seed) for mask in masks] for seed in range(num_seeds)]),
         sequences=retraining.sequences,
         queries=tuple(query_digest(measurement) for measurement in retraining.measurements),
     )

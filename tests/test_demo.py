@@ -32,12 +32,12 @@ def test_demo_measures_ranks_and_resumes(tmp_path: Path) -> None:
     outcome = demo(out)
     assert set(outcome["ranks"]) == {"ordinary", "swapped"}
     for figures in outcome["ranks"].values():
-        assert {"normalized", "ekfac", "exact", "cosine", "bm25"} <= set(figures)
+        assert {"index-normalized", "index", "ekfac", "gradient-cosine", "bm25"} <= set(figures)
         for row in figures.values():
-            assert 0 <= row["first"] <= row["mrr"] <= 1
+            assert 0 <= row["first"]["value"] <= row["reciprocal_rank"]["value"] <= 1
             assert row["median_rank"] >= 1
     # Loose: what is printed is whatever was measured. The facts' sequences must only be found far better than by chance (an MRR of about .01).
-    assert outcome["ranks"]["ordinary"]["normalized"]["mrr"] > 0.3
+    assert outcome["ranks"]["ordinary"]["index-normalized"]["reciprocal_rank"]["value"] > 0.3
     assert outcome["peak_memory_bytes"] < 3 * 2**30
     assert 10_000 < (out / "report.html").stat().st_size < 2_000_000
     before = changed(out)

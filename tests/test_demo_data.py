@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from influence.evaluation.recipe import read_recipe
+from influence.evaluation.retraining import fine_tuned
 from jobs.demo import text as text_module
-from jobs.demo.facts import RELATIONS, facts, neighbours, questions, statements
+from jobs.demo.facts import RELATIONS, facts, neighbours, questions, stated, statements
 from jobs.demo.model import (
     END_OF_TEXT,
     RECORD_FILE,
     TrainingSettings,
-    bucketed_batches,
     cut_sequences,
     initial_model,
-    padded,
     train_model,
     train_tokenizer,
 )
@@ -142,6 +142,33 @@ def test_swapped_questions_ask_about_one_place_and_answer_with_another_of_the_sa
         assert not [text for text in texts.values() if asked.place in text and told.answer in text]
 
 
+def test_statements_with_wrong_answers_are_the_others_with_another_answer_of_the_relation():
+    right, labels = stated(0.0)
+    assert right == statements()
+    assert not [label for label in labels if label.wrong]
+    assert all(f"{label.prompt}{label.completion}" in document.text for document, label in zip(right, labels, strict=True))
+    some, labels = stated(0.1)
+    wrong = {label.id for label in labels if label.wrong}
+    assert len(wrong) == round(0.1 * len(right))
+    answers = {f"{fact.id}/{number}": (fact.answer, fact.relation.answers) for fact in facts() for number in range(6)}
+    for before, after, label in zip(right, some, labels, strict=True):
+        answer, others = answers[label.id]
+        assert (before != after) == label.wrong
+        assert label.completion[1:] in set(others) - {answer} if label.wrong else {answer}
+        assert after.text == before.text.replace(answer, label.completion[1:])
+    assert wrong < {label.id for label in stated(0.2)[1] if label.wrong}
+
+
+def test_the_model_is_trained_as_its_recipe_says_from_what_lies_beside_it(tokenizer, tmp_path):
+    documents = statements()[:12]
+    train_model(tokenizer, documents, TINY, tmp_path / "model", ignore)
+    recipe = read_recipe(tmp_path / "model", {})
+    initial = AutoModelForCausalLM.from_pretrained(recipe.base)
+    again = fine_tuned(initial, cut_sequences(tokenizer, documents, TINY.sequence_length), recipe.settings, recipe.seed)
+    for name, value in AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
 def test_tokenizer_begins_with_the_special_token_and_knows_where_tokens_lie(tokenizer):
     text = "The mine at Lusby – naïve – gives tin."
     encoded = tokenizer(text, return_offsets_mapping=True)
@@ -164,28 +191,10 @@ def test_prompts_are_a_prefix_of_their_questions_in_tokens(tokenizer):
 def test_documents_are_cut_at_every_length_and_nothing_is_lost(tokenizer):
     document = statements()[1]
     ids = tokenizer(document.text)["input_ids"]
-    pieces = cut_sequences(tokenizer, [document], 7)
+    pieces = [sequence.tokens.tolist() for sequence in cut_sequences(tokenizer, [document], 7)]
     assert [id for piece in pieces for id in piece] == ids
     assert {len(piece) for piece in pieces[:-1]} == {7}
     assert 1 <= len(pieces[-1]) <= 7
-
-
-def test_batches_hold_every_row_once():
-    batches = bucketed_batches([5, 3, 9, 9, 1, 4, 2], 3, torch.Generator().manual_seed(0))
-    assert sorted(row for batch in batches for row in batch) == list(range(7))
-    assert sorted(len(batch) for batch in batches) == [1, 3, 3]
-
-
-def test_padding_does_not_change_the_loss(tokenizer):
-    model = initial_model(tokenizer, TINY).eval()
-    sequences = [torch.tensor(ids) for ids in cut_sequences(tokenizer, statements()[:2], 16)[:3]]
-    sequences[1] = sequences[1][:5]
-    tokens, labels = padded(sequences)
-    with torch.no_grad():
-        together = model(tokens, labels=labels).loss
-        alone = [(model(ids[None], labels=ids[None]).loss, len(ids) - 1) for ids in sequences]
-    expected = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
-    torch.testing.assert_close(together, torch.as_tensor(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_training_twice_gives_equal_weights_and_leaves_the_random_state(tokenizer, tmp_path):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from influence.attribution import gradient_norms, precondition, query_gradients
 from influence.config import ResourcesConfig
 from influence.errors import RequestError
 from influence.evaluation.bank import read_bank
-from influence.evaluation.methods import METHODS, scores_by
+from influence.evaluation.methods import METHODS, scores_by, tables_by
+from influence.evaluation.recipe import Recipe
 from influence.evaluation.retraining import RetrainingSettings, fine_tuned, query_losses, random_half
 from influence.refinement import RefineOptions
 from influence.run import Run, open_run
@@ -142,6 +143,14 @@ def test_methods_are_what_they_are_called(run: Run, asked: Asked) -> None:
     np.testing.assert_allclose(found["ekfac"][0] / N, [scores[name] for name in run.store.ids], rtol=1e-3, atol=1e-6)
     np.testing.assert_array_equal(found["bm25"][1], run.lexical.scores("Oslo lies on the Aker.", N))
     np.testing.assert_allclose(found["index"], found["ekfac"], rtol=1e-3, atol=1e-6)  # every sequence is a candidate
+    normalized = run.query("Lisbon lies on", " the Tagus.", k=N, exact=True, normalize=True).scores()
+    for name in ("ekfac-normalized", "index-normalized"):
+        by_id = dict(zip(run.store.ids, found[name][0] / N, strict=True))
+        np.testing.assert_allclose([by_id[one] for one in normalized], list(normalized.values()), rtol=1e-3, atol=1e-6)
+    shared = tables_by(METHODS, run, measurements, SHORT, lambda title: nullcontext(lambda done, total: None))
+    assert list(shared) == list(METHODS)
+    for method in METHODS:
+        np.testing.assert_allclose(shared[method], found[method], rtol=1e-4, atol=1e-6)
     refined = run.query("Lisbon lies on", " the Tagus.", k=N, exact=True, refine=SHORT)
     scores = refined.scores()
     np.testing.assert_allclose(found["refined"][0] / N, [scores[name] for name in run.store.ids], rtol=1e-3, atol=1e-6)
@@ -162,15 +171,15 @@ def test_methods_do_not_depend_on_how_many_queries_fit_at_once(finished: Path, a
 # wrong requests
 
 WRONG = [
-    (["recall"], "there is no metric 'recall'; there is: lds"),
-    (["lds"], "give --bank FILE.npz, or --retrain --base DIR to make one"),
-    (["lds", "--bank", "BANK", "--retrain", "--base", "BASE"], "or --retrain --base DIR to make one, not both"),
-    (["lds", "--retrain"], "--retrain needs --base: the model before it was trained on the data"),
+    (["recal"], "there is no metric 'recal'; there are: fidelity, lds, removal, tailpatch, recall, mislabel, pbrf"),
+    (["lds"], "give --bank FILE.npz, or --retrain (with --base DIR) to make one"),
+    (["lds", "--bank", "BANK", "--retrain", "--base", "BASE"], "or --retrain (with --base DIR) to make one, not both"),
+    (["lds", "--retrain"], "retraining needs --base: the model before it was trained on the data"),
     (["lds", "--bank", "BANK", "--subsets", "8"], "--subsets goes with --retrain, not with --bank"),
     (["lds", "--bank", "BANK", "--learning-rate", "1e-3"], "--learning-rate goes with --retrain, not with --bank"),
     (
         ["lds", "--bank", "BANK", "--method", "ekafc"],
-        "there is no method 'ekafc'; there are: ekfac, refined, index, gradient-cosine, gradient-dot, bm25",
+        "there is no method 'ekafc'; there are: ekfac, ekfac-normalized, refined, index, index-normalized, gradient-cosine, gradient-dot, bm25",
     ),
     (["lds", "--bank", "nowhere.npz"], "nowhere.npz cannot be read: No such file"),
     (["lds", "--bank", "QUERIES"], "is not a bank of retrained models: expected an .npz file of plain arrays"),
@@ -343,7 +352,7 @@ def test_other_settings_do_not_mix(influence: Influence, copy: Path, base: Path,
 def test_damaged_unit_is_refused_by_its_name(influence: Influence, copy: Path, base: Path, queries: Path) -> None:
     words = ("evaluate", copy, "lds", "--queries", queries, "--json", "--retrain", "--base", base, "--method", "bm25", *FEW)
     assert influence(*words).status == 0
-    (path,) = copy.glob("evaluations/retrained-*/subset-00001-seed-0/losses.npy")
+    path = min(copy.glob("evaluations/retrained-*/*-seed-0/losses.npy"))
     path.write_bytes(b"")
     influence(*words).says(f"{path} is damaged: 0 bytes, expected")
 
@@ -359,7 +368,7 @@ def wait_for(pattern: str, place: Path, process: subprocess.Popen[str]) -> None:
 def test_killed_retraining_goes_on_to_the_same_bank(influence: Influence, copy: Path, finished: Path, base: Path, queries: Path) -> None:
     words = ("--queries", queries, "--json", "--retrain", "--base", base, "--method", "bm25", "--subsets", 4, "--seeds", 1)
     process = command("evaluate", copy, "lds", *words)
-    wait_for("evaluations/*/subset-00000-seed-0", copy, process)
+    wait_for("evaluations/*/*-seed-0", copy, process)
     process.send_signal(signal.SIGSTOP)  # or it would be done before it is met
     influence("evaluate", copy, "lds", *words).says("another process is working on")
     process.send_signal(signal.SIGKILL)
@@ -393,7 +402,9 @@ def test_retraining_on_ray_gives_the_same_losses(finished: Path, base: Path, ask
     banks = []
     for name, resources in (("here", ResourcesConfig()), ("ray", on_ray)):
         opened = open_run(shutil.copytree(finished, tmp_path / name))
-        retraining = retraining_of(opened, str(base), [measurement for _, measurement in asked], RetrainingSettings(epochs=1))
-        banks.append(read_bank(retrain(opened, retraining, 4, 1, resources)))
+        recipe = Recipe(base=str(base), seed=0, settings=RetrainingSettings(epochs=1))
+        retraining = retraining_of(opened, recipe, [measurement for _, measurement in asked], paired=False)
+        masks = np.stack([random_half(opened.store.ids, subset) for subset in range(4)])
+        banks.append(read_bank(retrain(opened, retraining, masks, 1, resources)[0]))
     np.testing.assert_array_equal(banks[0].masks, banks[1].masks)
     np.testing.assert_allclose(banks[0].losses, banks[1].losses, rtol=1e-3)  # workers may run more threads: sums in another order

@@ -6,20 +6,28 @@ for a softmax the Bregman divergence of the cross-entropy is this KL divergence)
 there is what a score predicts.
 """
 
+import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
-from scipy.stats import pearsonr
+from scipy.stats import pearsonr, spearmanr
+from small_run import Influence, everything, write_jsonl
 from torch import Tensor, nn
 
 from ekfac import Damping, LayerFactors, SequenceBatch, fit, true_label_loss
 from influence.attribution import AttributedModel, precondition, query_gradients, scan
 from influence.batches import BatchBudget, collate
+from influence.evaluation.pbrf import TOLERANCE, agreement, in_float64
+from influence.evaluation.pbrf import chosen as choose
+from influence.evaluation.pbrf import response as solve
 from influence.measurement import Measurement
+from influence.refinement import RefineOptions, refine
 from influence.sequences import TrainingSequence
 
 N, T = 200, 6
@@ -101,6 +109,7 @@ def test_scores_predict_the_proximal_bregman_response(case: str) -> None:
     model, sequences = tiny_model("gpt2"), markov_sequences()
     everything, query = collate(sequences[:N], CPU), collate(sequences[N:], CPU)
     train(model, everything)
+    tiny = copy.deepcopy(model)
     factors, coverage = fit(model, [everything], layers=patterns, damping=Damping(value=1.0))
     budget = BatchBudget(max_tokens=2000, memory_bytes=10**9, bytes_per_token=1, bytes_per_sequence=1)
     attributed = AttributedModel(model=model, layers=coverage.layers, budget=budget, device=CPU)
@@ -115,3 +124,72 @@ def test_scores_predict_the_proximal_bregman_response(case: str) -> None:
     predicted = scores[chosen]
     assert pearsonr(predicted, changes).statistic > least_correlation
     assert slopes[0] < float(predicted @ changes / (predicted @ predicted)) < slopes[1]
+
+    # The command's own solver, in other coordinates and of all queries at once, finds the same minimum; both stop at a thousandth or so of the way.
+    damping = {name: factor.damping for name, factor in factors.items()}
+    problem = in_float64(tiny, coverage.layers, factors, damping, sequences[:N], N)
+    found = [solve(problem, sequences[n], [asked, asked]) for n in chosen[::3]]
+    assert max(one.residual for one in found) < TOLERANCE
+    for one, change in zip(found, changes[::3], strict=True):
+        np.testing.assert_allclose(one.changes, change, rtol=0.01, atol=1e-4 * np.abs(changes).max())
+
+    # Refined, with the exact Gauss-Newton Hessian over all layers together, scores are right in order and in size.
+    options = RefineOptions(sequences=N, steps=40, tolerance=1e-3)
+    attributed = AttributedModel(model=tiny, layers=coverage.layers, budget=budget, device=CPU)
+    gradients = query_gradients(attributed, [asked]).gradients
+    solution = refine(attributed, gradients, factors, damping, sequences[:N], options, lambda done, total: None)
+    refined = scan(attributed, solution.vectors, [sequences[n] for n in chosen])[0] / N
+    assert pearsonr(refined, changes).statistic > 0.95
+    assert 0.7 < float(refined @ changes / (refined @ refined)) < 1.3
+
+
+def test_agreement_is_the_mean_of_the_queries_correlations() -> None:
+    rng = np.random.default_rng(0)
+    changes = rng.standard_normal((3, 12))
+    scores = 2 * changes + 0.5 * rng.standard_normal((3, 12))
+    found = agreement(scores, changes)
+    expected = [pearsonr(*pair).statistic for pair in zip(scores, changes, strict=True)]
+    assert found.correlation.value == pytest.approx(np.mean(expected))
+    assert found.rank_correlation.value == pytest.approx(
+        np.mean([spearmanr(*pair).statistic for pair in zip(scores, changes, strict=True)])
+    )
+    assert found.slope == pytest.approx(np.linalg.lstsq(scores.reshape(-1, 1), changes.ravel(), rcond=None)[0][0])
+    assert found.correlation.interval is not None
+    assert found.correlation.interval[0] < found.correlation.value < found.correlation.interval[1]
+
+
+def test_half_of_the_copies_are_of_the_largest_influence_of_either_sign() -> None:
+    scores = np.zeros((2, 20))
+    scores[0, [3, 4]], scores[1, [9, 11]] = [5.0, -9.0], [-0.2, 0.1]
+    order = np.arange(20)[::-1]
+    assert set(choose(scores, order, 4)) == {4, 9, 19, 18}
+    assert set(choose(scores, order, 20)) == set(range(20))
+
+
+WRONG = [(["--copies", "2"], "--copies: a correlation needs from 3 to as many as the 65"), (["--copies", "66"], "not 66")]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG)
+def test_wrong_request_is_refused(words: list[str], message: str, influence: Influence, finished: Path, tmp_path: Path) -> None:
+    queries = write_jsonl(tmp_path / "queries.jsonl", [{"text": "Oslo lies on the Aker."}])
+    before = everything(finished)
+    influence("evaluate", finished, "pbrf", "--queries", queries, *words).says(message)
+    assert everything(finished) == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_command_keeps_what_it_solved_and_says_how_scores_agree(influence: Influence, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    queries = write_jsonl(tmp_path / "queries.jsonl", [{"id": "a", "text": "Oslo lies on the Aker."}, {"text": "Lima lies on the Tagus."}])
+    words = ("evaluate", run, "pbrf", "--queries", queries, "--copies", 3, "--refine-steps", 3, "--json")
+    answer = influence(*words).json
+    assert [method["name"] for method in answer["methods"]] == ["ekfac", "refined", "gradient-dot"]
+    assert np.array(answer["changes"]).shape == (2, 3)
+    assert len(answer["copied"]) == 3
+    next(run.glob("evaluations/pbrf-*/sequence-*")).rename(tmp_path / "lost")
+    kept = {path: path.stat().st_mtime_ns for path in run.glob("evaluations/pbrf-*/*/response.npy")}
+    assert len(kept) == 2
+    assert influence(*words).json == answer
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    assert (run / "evaluations/pbrf.png").read_bytes().startswith(b"\x89PNG")

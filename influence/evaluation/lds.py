@@ -13,13 +13,10 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from influence.evaluation.bank import Bank
+from influence.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES, Interval
 
-NUM_RESAMPLES = 1000
-CONFIDENCE = 0.95
 _NUMBERS_AT_ONCE = 2**21
 """How many numbers of resampled subsets are ranked together: 16 MiB of them."""
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,15 @@
-"""The plot of an evaluation: each method's score with its interval, and the noise ceiling."""
+"""The plots of evaluations: each method's score with its interval, or its curve."""
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FIRST, OTHERS, CEILING = "#b2182b", "#4d6d8a", "#666666"
+LINES = (FIRST, OTHERS, "#8a7a4d", "#4d8a6a", "#7a4d8a", "#999999")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +19,51 @@ class PlottedScore:
     name: str
     value: float
     interval: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlottedLine:
+    """One method's values at several places, with their intervals."""
+
+    name: str
+    places: tuple[float, ...]
+    values: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...]
+
+
+def line_plot(lines: Sequence[PlottedLine], *, title: str, across: str, up: str) -> bytes:
+    """A PNG image: a line a method, its points with their intervals, at places on a logarithmic axis."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color="#cccccc", linewidth=1, zorder=0)
+    places = sorted({place for line in lines for place in line.places})
+    for number, line in enumerate(lines):
+        colour = LINES[number % len(LINES)]
+        apart = 1.04 ** (number - (len(lines) - 1) / 2)  # lest intervals of one place hide one another
+        shown = [place * apart for place in line.places]
+        axes.plot(shown, line.values, marker="o", markersize=6, color=colour, label=line.name)
+        for place, (low, high) in zip(shown, line.intervals, strict=True):
+            axes.plot([place, place], [low, high], color=colour, linewidth=2.5, alpha=0.55, solid_capstyle="butt")
+    axes.set_xscale("log")
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
+    axes.set_xlim(places[0] / 1.5, places[-1] * 1.5)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(across, fontsize=9)
+    axes.set_ylabel(up, fontsize=9)
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.legend(loc="outside lower right", frameon=False, fontsize=9, ncols=min(4, len(lines)))
+    return _png(figure)
+
+
+def _png(figure: "Figure") -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()
 
 
 def score_plot(scores: Sequence[PlottedScore], ceiling: float | None, *, title: str, axis: str) -> bytes:
@@ -42,6 +92,4 @@ def score_plot(scores: Sequence[PlottedScore], ceiling: float | None, *, title: 
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel(axis, fontsize=9)
     axes.set_title(title, fontsize=10, loc="left")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
+    return _png(figure)

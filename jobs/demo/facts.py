@@ -31,6 +31,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+from ekfac import key_of, keyed_bits
 from jobs.demo.text import Document
 
 VILLAGES = ("Orrin", "Tavel", "Beska", "Mirrow", "Caldry", "Umbel")
@@ -216,6 +219,31 @@ def some_wordings(relation: Relation, position: int) -> tuple[str, ...]:
 def statements() -> list[Document]:
     """Every statement of every fact, as training documents with ids such as ``fact-07/3``."""
     return [statement for fact in facts() for statement in fact.statements()]
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a statement says, as a prompt and its answer, and whether that is wrong."""
+
+    id: str
+    wrong: bool
+    prompt: str
+    completion: str
+
+
+def stated(share: float) -> tuple[list[Document], list[Label]]:
+    """Every statement, of which a share, chosen by hash of their ids, gives another answer of its relation; and what each of them says."""
+    told = [(fact, number, f"{fact.id}/{number}") for fact in facts() for number in range(WORDINGS_PER_FACT)]
+    bits = keyed_bits(key_of("wrong answers"), np.array([key_of(name) for _, _, name in told], dtype=np.uint64), 2)
+    wrong = set(np.argsort(bits[:, 0], kind="stable")[: round(share * len(told))].tolist())
+    documents, labels = [], []
+    for place, (fact, number, name) in enumerate(told):
+        others = [answer for answer in fact.relation.answers if answer != fact.answer]
+        answer = others[int(bits[place, 1]) % len(others)] if place in wrong else fact.answer
+        text = fact.wordings[number].format(place=fact.place, answer=answer)
+        documents.append(Document(id=name, text=text, source="facts"))
+        labels.append(Label(id=name, wrong=place in wrong, prompt=text[: text.rindex(f" {answer}")], completion=f" {answer}"))
+    return documents, labels
 
 
 def questions() -> list[Question]:

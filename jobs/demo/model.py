@@ -17,13 +17,23 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from influence.config import DataConfig
+from influence.documents import Document as TextDocument
+from influence.evaluation.recipe import FILE as RECIPE_FILE
+from influence.evaluation.recipe import Recipe
+from influence.evaluation.retraining import RetrainingSettings, fine_tuned
+from influence.sequences import TrainingSequence, tokenize
 from jobs.demo.text import Document
 
 END_OF_TEXT = "<|endoftext|>"
 RECORD_FILE = "made_from.json"
-RECORD_FORMAT = 1
+INITIAL = "initial"
+"""Where in the model's directory the model is before its training."""
+
+RECORD_FORMAT = 2
 
 Progress = Callable[[int, int, str], None]
 
@@ -83,10 +93,10 @@ def train_model(
 ) -> None:
     """Train a GPT-2 from nothing on `documents` and write it with its tokenizer to the directory `out`.
 
-    The training sequences are each document's tokens cut at every `settings.sequence_length`; the loss of a batch is the mean over its
-    predicted tokens. `progress(done, total, message)` is called after every epoch. Where `out` already holds the model of
-    these documents, this tokenizer and these settings, nothing is done. Equal arguments on one machine give equal weights,
-    and torch's random state is left as it was.
+    The training sequences are each document's tokens cut at every `settings.sequence_length`; it is trained as `influence evaluate` trains again,
+    and the initial model and the recipe are written beside it. `progress(done, total, message)` is called after every epoch. Where
+    `out` already holds the model of these documents, this tokenizer and these settings, nothing is done. Equal arguments on one
+    machine give equal weights, and torch's random state is left as it was.
 
     Raises ValueError when `out` holds anything else.
     """
@@ -94,9 +104,28 @@ def train_model(
     if is_made_from(out, made_from):
         progress(settings.epochs, settings.epochs, f"{out} is there already, made from the same documents and settings")
         return
-    model = initial_model(tokenizer, settings)
-    fit(model, cut_sequences(tokenizer, documents, settings.sequence_length), settings, progress)
-    write_whole(model, tokenizer, {"format": RECORD_FORMAT, "sha256": made_from, "settings": asdict(settings)}, out)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    initial, recipe = initial_model(tokenizer, settings).to(device), recipe_of(settings)
+    sequences = cut_sequences(tokenizer, documents, settings.sequence_length)
+    trained = fine_tuned(initial, sequences, recipe.settings, recipe.seed, epoch_done=progress)
+    write_whole(initial, trained, tokenizer, recipe, {"format": RECORD_FORMAT, "sha256": made_from, "settings": asdict(settings)}, out)
+
+
+def recipe_of(settings: TrainingSettings) -> Recipe:
+    """How the model is trained from the initial one, which lies in its directory."""
+    return Recipe(
+        base=f"./{INITIAL}",
+        seed=settings.seed,
+        settings=RetrainingSettings(
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            warmup_share=settings.warmup_share,
+            clip_norm=1.0,
+            similar_lengths=True,
+        ),
+    )
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], settings: TrainingSettings) -> str:
@@ -124,10 +153,14 @@ def is_made_from(out: Path, made_from: str) -> bool:
     return True
 
 
-def cut_sequences(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], length: int) -> list[list[int]]:
-    """The token ids of every document, cut into pieces of at most `length`, in order."""
-    encoded = [tokenizer(document.text)["input_ids"] for document in documents]
-    return [ids[start : start + length] for ids in encoded for start in range(0, len(ids), length)]
+def cut_sequences(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], length: int) -> list[TrainingSequence]:
+    """Every document cut into sequences of at most `length` tokens, as the run's own, those of one token left out."""
+    config = DataConfig(files=["train.jsonl"], sequence_length=length)
+    texts = [
+        TextDocument(id=document.id, text=document.text, prompt=None, completion=None, input_ids=None, metadata={})
+        for document in documents
+    ]
+    return [sequence for sequence in tokenize(texts, tokenizer, config) if sequence.counted.any()]
 
 
 def initial_model(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings) -> GPT2LMHeadModel:
@@ -154,65 +187,19 @@ def initial_model(tokenizer: PreTrainedTokenizerFast, settings: TrainingSettings
         return GPT2LMHeadModel(config)
 
 
-def fit(model: GPT2LMHeadModel, sequences: Sequence[list[int]], settings: TrainingSettings, progress: Progress) -> None:
-    """Train `model` in place with AdamW, on the GPU where there is one, and bring it back to the CPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).train()
-    generator = torch.Generator().manual_seed(settings.seed)
-    usable = [torch.tensor(ids) for ids in sequences if len(ids) > 1]
-    batches_per_epoch = -(-len(usable) // settings.batch_size)
-    num_steps = batches_per_epoch * settings.epochs
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-    step = 0
-    for epoch in range(settings.epochs):
-        loss_sum = torch.zeros((), device=device)
-        for batch in bucketed_batches([len(ids) for ids in usable], settings.batch_size, generator):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * schedule(step, num_steps, settings.warmup_share)
-            tokens, labels = padded([usable[row] for row in batch])
-            loss = model(tokens.to(device), labels=labels.to(device)).loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            loss_sum += loss.detach()
-            step += 1
-        progress(epoch + 1, settings.epochs, f"training loss {loss_sum.item() / batches_per_epoch:.2f} nats a token")
-    model.to("cpu").eval()
-
-
-def schedule(step: int, num_steps: int, warmup_share: float) -> float:
-    """The share of the learning rate: a linear rise over the first steps, then a linear fall to zero."""
-    warmup = max(1.0, warmup_share * num_steps)
-    return min((step + 1) / warmup, (num_steps - step) / max(1.0, num_steps - warmup), 1.0)
-
-
-def bucketed_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
-    """Every row once, in batches of similar length, in random order; rows of equal length are mixed anew each time."""
-    noise = torch.rand(len(lengths), generator=generator).tolist()
-    rows = sorted(range(len(lengths)), key=lambda row: lengths[row] + 4 * noise[row])
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return [batches[position] for position in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def padded(sequences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens padded on the right with 0, and labels padded with -100, which the loss ignores.
-
-    No attention mask is needed: in a causal model, nothing that is counted attends to what comes after it.
-    """
-    tokens = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=0)
-    labels = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=-100)
-    return tokens, labels
-
-
-def write_whole(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, record: dict[str, object], out: Path) -> None:
-    """Write model, tokenizer and record to a temporary sibling of `out`, then rename it: `out` is never half written."""
+def write_whole(
+    initial: nn.Module, trained: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, record: dict[str, object], out: Path
+) -> None:
+    """Write both models, tokenizer, recipe and record to a temporary sibling of `out`, then rename it: `out` is never half written."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / RECORD_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for model, place in ((initial, temporary / INITIAL), (trained, temporary)):
+            assert isinstance(model, GPT2LMHeadModel)
+            model.to("cpu").save_pretrained(place)
+            tokenizer.save_pretrained(place)
+        for name, content in ((RECORD_FILE, record), (RECIPE_FILE, recipe.to_json())):
+            (temporary / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp lets only its owner in
         temporary.rename(out)
     except BaseException:

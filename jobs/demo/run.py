@@ -1,43 +1,45 @@
 """The demonstration: real text with invented facts among it, a model trained on it, and where the sequences that state the facts rank.
 
-Everything lies in one run directory: `demo/` holds the data, the model, the questions and the measured ranks, the rest is an ordinary run.
+Everything lies in one run directory: `demo/` holds the data, the model, the questions and the scores, the rest is an ordinary run.
 """
 
+import io
 import json
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
-from influence.answering import QueryOptions, num_candidates
-from influence.attribution import gradient_norms, query_gradients
+from influence.answering import QueryOptions
 from influence.config import Config, load_config
 from influence.errors import RequestError
+from influence.evaluation.bank import query_digest
+from influence.evaluation.retraining import query_losses
+from influence.refinement import RefineOptions
 from influence.run import Run
-from influence.run_directory import RunDirectory, digest, write_json
-from influence.solving import solved
-from jobs.answers import answers_with_opponents, write_page
-from jobs.demo.facts import Question, questions, statements
+from influence.run_directory import RunDirectory, digest, write_file
+from jobs.answers import answers_with_opponents, measurements_of, write_page
+from jobs.demo.facts import Label, Question, questions, stated
 from jobs.demo.model import TrainingSettings, train_model, train_tokenizer
 from jobs.demo.text import Document, library_passages
 from jobs.driver import run_all
 from jobs.progress import bar, say
+from jobs.recall import EXPLAINED, Recalls, read_planted, recall_table, recalls_of
+from jobs.scoring import Tables, score_tables
 
 NUM_PASSAGES = 1300
 METHODS = {
-    "normalized": "EK-FAC, normalized, index + exact rerank",
-    "normalized_exact": "EK-FAC, normalized, exact scan",
-    "ekfac": "EK-FAC, index + exact rerank",
-    "exact": "EK-FAC, exact scan",
-    "cosine": "gradient cosine",
+    "index-normalized": "EK-FAC, normalized, index + exact rerank",
+    "ekfac-normalized": "EK-FAC, normalized, exact scan",
+    "index": "EK-FAC, index + exact rerank",
+    "ekfac": "EK-FAC, exact scan",
+    "gradient-cosine": "gradient cosine",
     "bm25": "BM25",
 }
 
@@ -49,42 +51,33 @@ class DemoOutcome:
     run: str
     report: str
     facts: dict[str, Any]  # sizes, how well the model knows the facts, how far the influence is covered
-    ranks: dict[str, dict[str, dict[str, float]]]  # kind of question → method → figure
+    recalls: Recalls
     seconds: float
     peak_memory_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        ranks = {kind: {method: found.to_json() for method, found in methods.items()} for kind, methods in self.recalls.items()}
+        return {
+            "run": self.run,
+            "report": self.report,
+            "facts": self.facts,
+            "ranks": ranks,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
 
     def print(self, console: Console) -> None:
         facts = self.facts
+        wrong = f" ({facts['wrong']} of them wrongly)" if facts["wrong"] else ""
         console.print(
-            f"{facts['sequences']:,} training sequences, {facts['statements']} of which state {facts['facts']} invented facts; "
+            f"{facts['sequences']:,} training sequences, {facts['statements']} of which state {facts['facts']} invented facts{wrong}; "
             f"the model ({facts['parameters']:,} parameters) gives the right answer of an ordinary question a probability of "
             f"{facts['probability_ordinary']:.2f} (geometric mean), a swapped one {facts['probability_swapped']:.4f}."
         )
         for kind, explained in KINDS.items():
-            table = Table(
-                "ranking by",
-                "states it: first",
-                "MRR",
-                "of the top n",
-                "median rank",
-                title=f"{kind} questions: {explained}",
-                title_justify="left",
-            )
-            for method, title in METHODS.items():
-                row = self.ranks[kind][method]
-                table.add_row(title, f"{row['first']:.0%}", f"{row['mrr']:.3f}", f"{row['top_n']:.0%}", f"{row['median_rank']:.0f}")
-            console.print(table)
-        console.print(
-            "states it, first: the share of questions whose first result states the fact behind the completion; of the top n: the share of the "
-            "top n results that do, n being how many there are; median rank: over all stating sequences."
-        )
-        against = self.ranks["swapped"]["normalized"]["opponents_bottom_n"]
-        console.print(
-            f"The sequences that state what is true instead are {against:.0%} of the n strongest opponents of the swapped completions (normalized)."
-        )
+            named = {title: self.recalls[kind][method] for method, title in METHODS.items()}
+            console.print(recall_table(f"{kind} questions: {explained}", named))
+        console.print(EXPLAINED)
         console.print(f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB, {self.seconds:.0f} s; report: {self.report}")
 
 
@@ -94,13 +87,18 @@ KINDS = {
 }
 
 
-def run_demo(out: Path, workers: int) -> DemoOutcome:
-    """Brings the demo in the directory `out` to its end. Again after any interruption, it goes on; when finished, it only prints."""
+def run_demo(out: Path, workers: int, flip: float = 0.0) -> DemoOutcome:
+    """Brings the demo in the directory `out` to its end. Again after any interruption, it goes on; when finished, it only prints.
+
+    A share `flip` of the statements gives a wrong answer, and `demo/labels.jsonl` says which.
+    """
     start = time.monotonic()
-    documents = library_passages(NUM_PASSAGES) + statements()
-    prepare(out, documents)
+    if not 0 <= flip < 1:
+        raise RequestError(f"--flip is a share of the statements, from 0 to less than 1, not {flip}")
+    statements, labels = stated(flip)
+    prepare(out, library_passages(NUM_PASSAGES) + statements, labels)
     run = run_all(demo_config(out, workers))
-    ranks, facts = measured(run, questions())
+    recalls, facts = measured(run, labels)
     report = out / "report.html"
     if not report.exists():
         say("writing the report")
@@ -111,7 +109,7 @@ def run_demo(out: Path, workers: int) -> DemoOutcome:
         run=str(out),
         report=str(report),
         facts=facts,
-        ranks=ranks,
+        recalls=recalls,
         seconds=round(time.monotonic() - start, 1),
         peak_memory_bytes=peak_memory_bytes(),
     )
@@ -133,7 +131,7 @@ def demo_config(out: Path, workers: int) -> Config:
     )
 
 
-def prepare(out: Path, documents: Sequence[Document]) -> None:
+def prepare(out: Path, documents: Sequence[Document], labels: Sequence[Label]) -> None:
     """The training data, the questions and the model trained on the data, in `out/demo`. Raises RequestError when `out` holds something else."""
     if out.exists() and any(out.iterdir()) and not (out / "demo").is_dir():
         raise RequestError(f"{out} is not empty and not a demo's directory: choose another one with --out")
@@ -141,8 +139,10 @@ def prepare(out: Path, documents: Sequence[Document]) -> None:
         folder = out / "demo"
         folder.mkdir(exist_ok=True)
         keep_lines(folder / "train.jsonl", [asdict(document) for document in documents])
-        asked = [{"id": q.id, "kind": q.kind, "prompt": q.prompt, "completion": q.completion} for q in questions()]
-        keep_lines(folder / "queries.jsonl", asked)
+        wrong = {label.id for label in labels if label.wrong}
+        keep_lines(folder / "queries.jsonl", [_line(question, wrong) for question in questions()])
+        if wrong:
+            keep_lines(folder / "labels.jsonl", [asdict(label) for label in labels])
         settings = TrainingSettings()
         with bar("training a model from nothing") as progress:
             tokenizer = train_tokenizer([document.text for document in documents], settings.vocabulary_size)
@@ -150,6 +150,13 @@ def prepare(out: Path, documents: Sequence[Document]) -> None:
                 train_model(tokenizer, documents, settings, folder / "model", progress.advance)
             except ValueError as error:
                 raise RequestError(str(error)) from None
+
+
+def _line(question: Question, wrong: Collection[str]) -> dict[str, Any]:
+    """A question as a line of `queries.jsonl`, with the statements that are right."""
+    states, opposes = sorted(question.proponents - set(wrong)), sorted(question.opponents - set(wrong))
+    asked = {"id": question.id, "kind": question.kind, "prompt": question.prompt, "completion": question.completion}
+    return asked | {"states": states} | ({"opposes": opposes} if opposes else {})
 
 
 def keep_lines(path: Path, items: Sequence[dict[str, Any]]) -> None:
@@ -165,85 +172,41 @@ def keep_lines(path: Path, items: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def measured(run: Run, asked: Sequence[Question]) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, Any]]:
-    """Where the stating sequences rank, by kind of question and method, and facts about the model. Kept in `demo/measured.json`."""
-    path = run.directory.path / "demo" / "measured.json"
-    made_from = digest([run.fingerprints["fidelity"], [[q.id, q.prompt, q.completion] for q in asked], list(METHODS)])
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["made_from"] == made_from:
-            return kept["ranks"], kept["facts"]
-    scores, log_probabilities = scores_by_method(run, asked)
-    documents = [sequence.document for sequence in run.store]
-    kinds = {kind: [place for place, question in enumerate(asked) if question.kind == kind] for kind in KINDS}
-    ranks = {
-        kind: {method: figures([scores[method][p] for p in places], [asked[p] for p in places], documents) for method in METHODS}
-        for kind, places in kinds.items()
-    }
+def measured(run: Run, labels: Sequence[Label]) -> tuple[Recalls, dict[str, Any]]:
+    """Where the stating sequences rank, by kind of question and method, and facts about the model. The scores are kept in `demo/scores.npz`."""
+    folder = run.directory.path / "demo"
+    asked, planted = measurements_of(run, None, None, None, None, folder / "queries.jsonl"), read_planted(run, folder / "queries.jsonl")
+    made_from = digest([run.fingerprints["fidelity"], [query_digest(measurement) for _, measurement in asked], list(METHODS)])
+    tables = _kept_tables(folder / "scores.npz", made_from)
+    if tables is None:
+        tables = score_tables(run, tuple(METHODS), asked, RefineOptions(), {})
+        tables[LOG_PROBABILITY] = -query_losses(run.language_model.model, [measurement for _, measurement in asked], 16)
+        content = io.BytesIO()
+        np.savez(content, **tables, made_from=np.array(made_from))  # type: ignore[arg-type]  # numpy's stub takes every keyword for allow_pickle
+        write_file(folder / "scores.npz", content.getvalue())
+    log_probabilities = tables.pop(LOG_PROBABILITY)
+    probabilities = {kind: log_probabilities[[place for place, one in enumerate(planted) if one.kind == kind]] for kind in KINDS}
     facts = {
         "sequences": len(run.store),
-        "statements": len(statements()),
-        "facts": len({question.id for question in asked if question.kind == "ordinary"}),
+        "statements": len(labels),
+        "wrong": sum(label.wrong for label in labels),
+        "facts": sum(one.kind == "ordinary" for one in planted),
         "parameters": run.coverage.total,
-        **{f"probability_{kind}": float(np.exp(np.mean(log_probabilities[places]))) for kind, places in kinds.items()},
+        **{f"probability_{kind}": float(np.exp(values.mean())) for kind, values in probabilities.items()},
     }
-    write_json(path, {"made_from": made_from, "ranks": ranks, "facts": facts})
-    return ranks, facts
+    return recalls_of(tables, planted), facts
 
 
-def scores_by_method(run: Run, asked: Sequence[Question]) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64]]:
-    """[Q, N] scores of every training sequence by each method, and the completions' log-probabilities [Q]."""
-    measurements = [run.measure(question.prompt, question.completion) for question in asked]
-    found = solved(run, run.attributed, measurements, None, rows=True)
-    assert found.rows is not None
-    with bar("scanning all sequences with EK-FAC") as progress:
-        exact = run.exact_scores(found.vectors, len(asked), progress.advance)
-    with bar("scanning all sequences with plain gradients") as progress:
-        gradients = [(run.attributed, query_gradients(run.attributed, measurements).gradients)]
-        dots = run.exact_scores(gradients, len(asked), progress.advance)
-    norms = np.concatenate([gradient_norms(run.attributed, run.store.shard(shard)) for shard in range(run.store.num_shards)])
-    lexical = np.stack([run.lexical.scores(question.prompt + question.completion, len(run.store)) for question in asked])
-    scores = {
-        "normalized": answered(run, True, found.rows, exact * run.normalizing_weights),
-        "normalized_exact": exact * run.normalizing_weights,
-        "ekfac": answered(run, False, found.rows, exact),
-        "exact": exact,
-        "cosine": dots / norms,
-        "bm25": lexical,
-    }
-    return scores, np.array([sum(part.sum() for part in parts) for parts in found.log_probabilities])
+LOG_PROBABILITY = "log-probability"
 
 
-def answered(run: Run, normalized: bool, rows: NDArray[np.float32], exact: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What answers say of the exact scores: those of the candidates on either side; nothing, zero, of the sequences between them."""
-    known = np.zeros_like(exact)
-    index = run.normalized_index if normalized else run.index
-    for opponents, side in ((False, rows), (True, -rows)):
-        candidates = index.search(side, num_candidates(run, QueryOptions(normalize=normalized), opponents)).numbers
-        np.put_along_axis(known, candidates, np.take_along_axis(exact, candidates, axis=1), axis=1)
-    return known
-
-
-def figures(scores: Sequence[NDArray[np.float64]], asked: Sequence[Question], documents: Sequence[str]) -> dict[str, float]:
-    """How well scores find the stating sequences: averages over questions, and the median rank over stating sequences."""
-    first, reciprocal, top_n, every_rank, bottom_n = [], [], [], [], []
-    for row, question in zip(scores, asked, strict=True):
-        order = np.argsort(-row, kind="stable")
-        ranks = [rank for rank, number in enumerate(order, 1) if documents[number] in question.proponents]
-        first.append(ranks[0] == 1)
-        reciprocal.append(1 / ranks[0])
-        top_n.append(sum(rank <= len(ranks) for rank in ranks) / len(ranks))
-        every_rank += ranks
-        if question.opponents:
-            last = order[::-1][: len(question.opponents)]
-            bottom_n.append(sum(documents[number] in question.opponents for number in last) / len(last))
-    found = {
-        "first": float(np.mean(first)),
-        "mrr": float(np.mean(reciprocal)),
-        "top_n": float(np.mean(top_n)),
-        "median_rank": float(np.median(every_rank)),
-    }
-    return found | ({"opponents_bottom_n": float(np.mean(bottom_n))} if bottom_n else {})
+def _kept_tables(path: Path, made_from: str) -> Tables | None:
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        if str(file["made_from"]) != made_from:
+            return None
+        return {name: file[name] for name in (*METHODS, LOG_PROBABILITY)}
 
 
 def peak_memory_bytes() -> int:

@@ -1,0 +1,117 @@
+"""Recall: where the sequences that are known to state a query's answer rank, by each method. As JSON, table and plot.
+
+Knows runs and rankings; knows nothing of options.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from influence.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES, Estimate
+from influence.evaluation.plot import PlottedScore, score_plot
+from influence.evaluation.recall import Planted, Recall, numbers_by_id, planted_in, recall
+from influence.run import Run
+from influence.run_directory import write_file, write_json
+from jobs.answers import read_queries
+
+Recalls = dict[str, dict[str, Recall]]
+"""Kind of query → method → figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallOutcome:
+    """What `influence evaluate RUN recall` measured, and the files of it."""
+
+    run: Run
+    kinds: Mapping[str, int]  # how many queries there are of each
+    recalls: Recalls
+    out: Path
+
+    def to_json(self) -> dict[str, Any]:
+        made_from = self.run.description["fingerprints"]
+        return {
+            "metric": "recall",
+            "run": str(self.run.directory),
+            "kinds": {
+                kind: {"num_queries": count, "methods": {name: found.to_json() for name, found in self.recalls[kind].items()}}
+                for kind, count in self.kinds.items()
+            },
+            "num_sequences": len(self.run.store),
+            "confidence": CONFIDENCE,
+            "num_resamples": NUM_RESAMPLES,
+            "plot": str(self.out / "recall.png"),
+            "provenance": {
+                **{name: made_from[name] for name in ("model", "tokenizer", "data")},
+                "factors": self.run.fingerprints["factors"],
+                "damping": self.run.description["settings"]["factors"]["damping"],
+            },
+        }
+
+    def print(self, console: Console) -> None:
+        for kind, methods in self.recalls.items():
+            console.print(recall_table(f"{kind}: {self.kinds[kind]} queries", methods))
+        console.print(EXPLAINED)
+        console.print(f"written: {self.out / 'recall.json'}, {self.out / 'recall.png'}")
+
+    def write(self) -> None:
+        """recall.json and recall.png in the directory `out`, each appearing whole or not at all."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        scores = [
+            PlottedScore(name=f"{kind}: {name}", value=found.reciprocal_rank.value, interval=_ends(found.reciprocal_rank))
+            for kind, methods in self.recalls.items()
+            for name, found in methods.items()
+        ]
+        title, axis = "Where the sequences rank that state the answer", "mean reciprocal rank of the first that does, and 95% interval"
+        write_file(self.out / "recall.png", score_plot(scores, None, title=title, axis=axis))
+        write_json(self.out / "recall.json", self.to_json())
+
+
+EXPLAINED = (
+    "first: the share of queries whose first result states the answer; of the top n: the share of the first n results that do, n being how "
+    "many there are; opposed: the share of the last n that state another one; 95% intervals over queries."
+)
+
+
+def recall_table(title: str, methods: Mapping[str, Recall]) -> Table:
+    table = Table("ranking by", "first", "95%", "MRR", "95%", "of the top n", "median rank", "opposed", title=title, title_justify="left")
+    for name, found in methods.items():
+        cells = [f"{found.first.value:.0%}", _interval(found.first, ".0%"), f"{found.reciprocal_rank.value:.3f}"]
+        cells += [_interval(found.reciprocal_rank, ".3f"), f"{found.top_n.value:.0%}", f"{found.median_rank:.0f}"]
+        table.add_row(name, *cells, "" if found.opposed is None else f"{found.opposed.value:.0%}")
+    return table
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    return "" if estimate.interval is None else f"{estimate.interval[0]:{form}} – {estimate.interval[1]:{form}}"
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
+    return estimate.interval or (estimate.value, estimate.value)
+
+
+def read_planted(run: Run, path: Path) -> list[Planted]:
+    """What each line of the queries' file says is planted. Raises RequestError for a line that says nothing, or names what is not there."""
+    numbers = numbers_by_id(run.store.ids, run.store.documents)
+    return [planted_in(item, place, numbers) for _, item, place in read_queries(path)]
+
+
+def recalls_of(tables: Mapping[str, NDArray[np.float64]], planted: Sequence[Planted]) -> Recalls:
+    """The figures of each method's scores [Q, N], by kind of query in the order in which kinds come."""
+    found: Recalls = {}
+    for kind in dict.fromkeys(one.kind for one in planted):
+        places = [place for place, one in enumerate(planted) if one.kind == kind]
+        own = [planted[place] for place in places]
+        found[kind] = {name: recall(table[places], own) for name, table in tables.items()}
+    return found
+
+
+def measure_recall(run: Run, planted: Sequence[Planted], tables: Mapping[str, NDArray[np.float64]], out: Path) -> RecallOutcome:
+    recalls = recalls_of(tables, planted)
+    kinds = {kind: sum(one.kind == kind for one in planted) for kind in recalls}
+    return RecallOutcome(run=run, kinds=kinds, recalls=recalls, out=out)
