@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 from numpy.typing import NDArray
 
@@ -250,6 +251,12 @@ class SequenceStore:
     def documents(self) -> list[str]:
         """The id of every sequence's document, in order."""
         return self._column("document")
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Every sequence's number of tokens, in order."""
+        columns = (_read_table(path, ["tokens"])["tokens"] for path in self._files)
+        return np.concatenate([pa.compute.list_value_length(column).to_numpy().astype(np.int64) for column in columns])
 
     def metadata(self) -> Iterator[dict[str, Any]]:
         """Every sequence's metadata, in order."""

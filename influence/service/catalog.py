@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from influence import artifacts
 from influence.batches import factor_bytes
 from influence.errors import RequestError
-from influence.report.layers import kind, take_apart
 from influence.run import Run
 from influence.run_directory import digest
+from influence.run_facts import layer_facts
 from influence.sequences import encode_pair
 from influence.service.errors import ServiceError, not_found, stale
 from influence.service.settings import RUN_NAME, ServiceSettings
@@ -298,21 +298,7 @@ def sequence_facts(opened: OpenedRun, name: str) -> dict[str, Any]:
 
 def layer_report(run: Run) -> dict[str, Any]:
     """Every attributed layer with its factors' figures, and what is left out."""
-    summary = artifacts.read_factor_summary(run.path_of("factors"))
-    layers = [
-        {
-            "name": layer.name,
-            "modules": list(layer.modules),
-            "type": layer.kind,
-            "kind": kind(layer.name),
-            "block": take_apart(layer.name).block,
-            "shape": list(layer.shape),
-            "parameters": layer.shape[0] * layer.shape[1],
-            **summary[layer.name],
-        }
-        for layer in run.coverage.layers
-    ]
-    return {"layers": layers, "excluded": run.coverage.excluded, "parameters_attributed": run.coverage.share}
+    return {"layers": layer_facts(run), "excluded": run.coverage.excluded, "parameters_attributed": run.coverage.share}
 
 
 def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:
