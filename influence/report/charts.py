@@ -38,9 +38,9 @@ class Axis:
             plain = bool(powers) and powers[0] >= -2 and powers[-1] <= 4
             found = [(10.0**power, f"{10.0**power:,.{max(0, -power)}f}" if plain else words.power_of_ten(power)) for power in powers]
             return found if len(found) > 1 else [(value, words.number(value)) for value in (self.low, self.high)]
-        step = _nice((self.high - self.low) / 4)
-        places = range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
-        return [(place * step, _written(place * step, step)) for place in places]
+        round_step = _nice((self.high - self.low) / 4)
+        places = range(math.ceil(self.low / round_step - 1e-9), math.floor(self.high / round_step + 1e-9) + 1)
+        return [(place * round_step, _written(place * round_step, round_step)) for place in places]
 
 
 @dataclass(frozen=True, kw_only=True)

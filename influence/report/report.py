@@ -111,7 +111,7 @@ def _column(values: list[Any], formulas: bool) -> pa.Array:
     elif any(isinstance(value, float) for value in plain):
         plain = [None if value is None else float(value) for value in plain]
     if str in types:
-        plain = [None if value is None else _safe(value, formulas) for value in plain]
+        plain = [_safe(value, formulas) if isinstance(value, str) else None for value in plain]
     return pa.array(plain)
 
 

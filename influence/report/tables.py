@@ -130,7 +130,7 @@ def run_tables(facts: Mapping[str, Any]) -> Tables:
     }
 
 
-def health_tables(summary: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> Tables:
+def health_tables(summary: Mapping[str, Any], columns: Mapping[str, Any]) -> Tables:
     """`sequences`, a row for each with its figures; `by`: sums by the values of metadata columns; `layers`: influence for and against;
     `duplicates`."""
     names = list(columns)
