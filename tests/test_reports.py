@@ -15,7 +15,7 @@ import pytest
 import torch
 from served import application
 from small_run import Influence, World, documents, run_pipeline, write_jsonl
-from test_report_page import CHROMIUM, HOSTILE, Page, chromium, query  # noqa: F401
+from test_report_page import HOSTILE, Page, chromium, query  # noqa: F401
 
 from influence import Client, Report, RequestError, Run, open_run, query_report
 from influence.report import render_run, words
@@ -343,8 +343,12 @@ def pages(strange: Run) -> dict[str, str]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
 def test_pages_fit_their_window_and_run_none_of_the_texts(
-    chromium: Any, pages: dict[str, str], tmp_path: Path, width: int, scheme: str
-) -> None:  # noqa: F811
+    chromium: Any,  # noqa: F811
+    pages: dict[str, str],
+    tmp_path: Path,
+    width: int,
+    scheme: str,
+) -> None:
     for name, page in pages.items():
         (tmp_path / f"{name}.html").write_text(page, encoding="utf-8")
         tab = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page()

@@ -343,6 +343,10 @@ def _provenance(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     found += [(f"fingerprint of the {name}", str(value)) for name, value in provenance["fingerprints"].items()]
     for part in ("sources", "settings"):
         for name, value in provenance[part].items():
-            lines = value.items() if isinstance(value, Mapping) else [("", value)]
-            found += [(f"{part[:-1]} {name}{'.' if key else ''}{key}", words.plain(one)) for key, one in lines if one is not None]
+            lines = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
+            found += [
+                (key, ", ".join(map(str, one)) if isinstance(one, list) else words.plain(one))
+                for key, one in lines.items()
+                if one is not None
+            ]
     return [(spelling.shown(key), spelling.shown(value)) for key, value in found]
