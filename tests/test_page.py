@@ -595,7 +595,8 @@ def test_a_service_without_runs_says_so(chromium: Any, tmp_path: Path) -> None: 
 
 def test_every_file_of_the_page_is_served_under_its_own_policy(site: str) -> None:
     folder = Path(__file__).parent.parent / "influence/service/page"
-    for file in ["", *(path.name for path in folder.iterdir())]:
+    shared = folder.parents[1] / "report/shared"
+    for file in ["", *(path.name for place in (folder, shared) for path in place.iterdir())]:
         response = httpx.get(f"{site}/{file}")
         assert response.status_code == 200
         assert "default-src 'none'; script-src 'self'" in response.headers["content-security-policy"]

@@ -42,7 +42,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     detailed = queries[:DETAILED]
     data["queries"] = data["queries"][:DETAILED]
     anchors = {query["name"]: query["anchor"] for query in detailed}
-    style, script = _resource("page.css"), _resource("page.js")
+    style, script = _resource("page.css"), _script()
     page = _filled(
         "page.html",
         title=str(report.get("title") or "Influence report"),
@@ -124,6 +124,12 @@ def _policy(style: str, script: str | None = None) -> str:
 
 def _digest(inline: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+
+
+def _script() -> str:
+    """The page's script with the modules that it shares with the page of the service, as one script: a page that is a file cannot import any."""
+    modules = [re.sub(r"(?m)^(?:import .*\n|export )", "", _resource(name)) for name in ("shared/dom.js", "shared/tips.js", "page.js")]
+    return '"use strict";\n(() => {\n' + "\n".join(modules) + "})();\n"
 
 
 def _resource(name: str) -> str:
