@@ -8,7 +8,8 @@ from influence.health import Health
 from influence.measurement import Measurement, Member, combine, measure_completion, measure_messages, measure_tokens, with_function
 from influence.optimizer_state import save_optimizer_state
 from influence.refinement import RefineOptions
-from influence.result import InfluenceResult, RankedSequence, report_page
+from influence.report import Report
+from influence.result import InfluenceResult, RankedSequence, query_report, report_page
 from influence.run import Run, open_run
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "QueryOptions",
     "RankedSequence",
     "RefineOptions",
+    "Report",
     "RequestError",
     "Run",
     "ServerFailure",
@@ -34,6 +36,7 @@ __all__ = [
     "measure_messages",
     "measure_tokens",
     "open_run",
+    "query_report",
     "report_page",
     "save_optimizer_state",
     "with_function",

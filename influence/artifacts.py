@@ -103,6 +103,11 @@ def read_factor_summary(directory: Path) -> dict[str, dict[str, float]]:
     return summary
 
 
+def read_corrected_eigenvalues(directory: Path, name: str) -> torch.Tensor:
+    """Λ [O, J] of one layer, from the directory of the factors."""
+    return load_file(_file_of(directory, name))["eigenvalues"]
+
+
 def read_factors(directory: Path, bases: Mapping[str, torch.Tensor], devices: Mapping[Layer, torch.device]) -> dict[str, LayerFactors]:
     """The factors of the layers, each on its device; `bases` are the eigenvectors by `input_name` and `output_name`, already there."""
     summary = read_factor_summary(directory)
@@ -110,7 +115,7 @@ def read_factors(directory: Path, bases: Mapping[str, torch.Tensor], devices: Ma
         layer.name: LayerFactors(
             input_vectors=of(bases, layer.input_name),
             output_vectors=of(bases, layer.output_name),
-            eigenvalues=load_file(_file_of(directory, layer.name))["eigenvalues"].to(device),
+            eigenvalues=read_corrected_eigenvalues(directory, layer.name).to(device),
             damping=summary[layer.name]["damping"],
         )
         for layer, device in devices.items()

@@ -146,6 +146,10 @@ class _Patience:
         response = yield from self.send(_Send(method="GET", path=f"/v1/queries/{_part(name)}/report"))
         return response.text
 
+    def run_report(self, run: str) -> Conversation[str]:
+        response = yield from self.send(_Send(method="GET", path=f"/v1/runs/{_part(run)}/report"))
+        return response.text
+
 
 def _part(name: str) -> str:
     """A name as one part of a path. Raises RequestError for one that a path cannot hold: dots lead elsewhere, however they are written."""
@@ -251,6 +255,10 @@ class Client(_Base):
         """Every attributed layer and its factors."""
         return dict(self._hold(self._talk.get(f"/v1/runs/{_part(run)}/layers")))
 
+    def run_report(self, run: str) -> str:
+        """The HTML page about a run."""
+        return self._hold(self._talk.run_report(run))
+
     def sequence(self, run: str, name: str) -> dict[str, Any]:
         """A training sequence by its id."""
         return self._hold(self._talk.sequence(run, name))
@@ -343,6 +351,10 @@ class AsyncClient(_Base):
     async def layers(self, run: str) -> dict[str, Any]:
         """As `Client.layers`."""
         return dict(await self._hold(self._talk.get(f"/v1/runs/{_part(run)}/layers")))
+
+    async def run_report(self, run: str) -> str:
+        """As `Client.run_report`."""
+        return await self._hold(self._talk.run_report(run))
 
     async def sequence(self, run: str, name: str) -> dict[str, Any]:
         """As `Client.sequence`."""

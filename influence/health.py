@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ from influence.batches import in_batches
 from influence.concentration import concentration
 from influence.errors import RequestError
 from influence.measurement import Measurement, query_facts, question
-from influence.report import render_health
+from influence.report import Report, render_health
+from influence.report.tables import health_tables
 from influence.run_directory import digest
 from influence.sequences import TrainingSequence
 from influence.solving import Progress, ignore
@@ -90,9 +92,16 @@ class Health:
         """`id` and `weight` of every sequence."""
         return {name: self.columns[name] for name in ("id", "weight")}
 
-    def page(self, *, run: str, created: str) -> str:
-        """One self-contained HTML page."""
-        return render_health({"run": run, "created": created, **self.summary})
+    def report(self) -> Report:
+        """Its page, JSON and tables."""
+        name = str(self.summary["provenance"]["run"]).rpartition("/")[2]
+        content = {"run": name, "created": date.today().isoformat(), **self.summary}
+        return Report(
+            title=f"Health of the training set of {name}",
+            content=content,
+            page=lambda: render_health(content),
+            table_rows=lambda: health_tables(self.summary, self.columns),
+        )
 
     def _repr_html_(self) -> str:
         """A table for notebooks: the sequences of greatest influence."""

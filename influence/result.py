@@ -3,9 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
-from influence.report import render_report
+from influence.report import Report, render_report
+from influence.report.overview import set_facts
+from influence.report.render import named
+from influence.report.tables import query_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +110,31 @@ class InfluenceResult:
         frame = pd.DataFrame(rows)
         return frame[columns + [name for name in frame.columns if name not in columns]]
 
+    def report(self) -> Report:
+        """Its page, JSON and tables. `Run.report_queries` shows both ends of the ranking, and several queries."""
+        asked = self.query.get("completion") or "query"
+        return query_report(
+            [self.to_json()], run=str(self.provenance.get("run", "")).rpartition("/")[2], title=f"Influence on “{asked.strip()}”"
+        )
+
     def _repr_html_(self) -> str:
         """A table for notebooks."""
         return str(self.to_pandas().to_html(index=False, escape=True))
 
 
-def report_page(answers: Sequence[dict[str, Any]], *, run: str, created: str, title: str = "Influence report") -> str:
-    """One self-contained HTML page of answers in the form of `InfluenceResult.to_json`, each with `opponents` beside its `results` if it has any."""
-    return render_report(
-        {"title": title, "run": run, "created": created, "queries": [json.loads(json.dumps(answer)) for answer in answers]}
+def query_report(answers: Sequence[Mapping[str, Any]], *, run: str, created: str | None = None, title: str = "Influence report") -> Report:
+    """The report of answers in the form of `InfluenceResult.to_json`, each with `opponents` beside its `results` if it has any. Of two or more, `set`
+    says what they have in common: layers by family of queries, sequences that several share, overlap, concentration."""
+    queries = named(json.loads(json.dumps(list(answers))))
+    content = {"title": title, "run": run, "created": created or date.today().isoformat(), "queries": queries}
+    return Report(
+        title=title,
+        content=content | ({"set": set_facts(queries)} if len(queries) > 1 else {}),
+        page=lambda: render_report(content),
+        table_rows=lambda: query_tables(queries),
     )
+
+
+def report_page(answers: Sequence[Mapping[str, Any]], *, run: str, created: str, title: str = "Influence report") -> str:
+    """The page of `query_report`."""
+    return query_report(answers, run=run, created=created, title=title).to_html()

@@ -16,7 +16,7 @@ from torch import nn
 from ekfac import Coverage, Layer, LayerFactors, SequenceBatch, key_of, keyed_bits, layer_device
 from indexing import FeatureSpec, RowFormat, RowIndex, RowShards, Spreader, feature_spec, open_rows, spreaders
 from influence import artifacts, optimizer_state
-from influence.answering import QueryOptions, answer
+from influence.answering import QueryOptions, answer, answer_both_ends
 from influence.artifacts import appended_fingerprint
 from influence.attribution import AttributedModel, Parts, scan
 from influence.batches import batch_budget, layer_groups, model_memory
@@ -44,8 +44,10 @@ from influence.measurement import (
 )
 from influence.model import LanguageModel, load_model, load_tokenizer, longest_sequence, model_fingerprint, tokenizer_fingerprint
 from influence.optimizer_state import OptimizerState, read_optimizer_state
-from influence.result import InfluenceResult
+from influence.report import Report
+from influence.result import InfluenceResult, query_report
 from influence.run_directory import file_digest
+from influence.run_facts import run_report
 from influence.sequences import SequenceStore, tokenize
 from influence.solving import Progress, ignore
 from influence.stored_run import run_directory
@@ -464,6 +466,18 @@ class Run:
         self-influence, outliers, near-duplicates, shares by metadata column and by layer (see `measure_health`). Two passes over all sequences."""
         members = [Member(name=str(place), weight=1.0, measurement=one) for place, one in enumerate(queries, 1)]
         return measure_health(self, combine(members, "mean") if members else None, by=by, k=k)
+
+    def report(self) -> Report:
+        """What the run is made of and how good it is: data, coverage, spectra and damping, fidelity of the index, self-influence. Needs no model."""
+        return run_report(self)
+
+    def report_queries(self, measurements: Sequence[Measurement], options: QueryOptions | None = None) -> Report:
+        """Both ends of the ranking for each of the queries; of several, also what their answers have in common."""
+        both = answer_both_ends([self], measurements, options or QueryOptions(bm25=True))
+        answers = [
+            for_.to_json() | {"id": str(place), "opponents": against.to_json()["results"]} for place, (for_, against) in enumerate(both, 1)
+        ]
+        return query_report(answers, run=self.directory.name)
 
     def exact_scores(
         self,

@@ -316,15 +316,16 @@ class RunDirectory:
         self._write(f"answers/{file_name(name)}.json", answer)
 
     def forget_answers(self, ids: Collection[str]) -> None:
-        """Removes the kept answers, the report and the health that may show these sequences, and what killed processes left of others."""
-        for left in (*(self.path / "answers").glob(".*"), *self.path.glob(".report.html.*")):
+        """Removes the kept answers, the reports and the health that may show these sequences, and what killed processes left of others."""
+        for left in (*(self.path / "answers").glob(".*"), *self.path.glob(".report*")):
             left.unlink(missing_ok=True)
         for path in (self.path / "answers").glob("*.json"):
             answer = read_answer(path.read_bytes(), str(path))
             shown = [*answer.get("results", []), *(answer.get("bm25") or {}).get("results", [])]
             if any(one["id"] in ids or any(other["id"] in ids for other in one.get("duplicates", [])) for one in shown):
                 path.unlink()
-        (self.path / "report.html").unlink(missing_ok=True)
+        for page in self.path.glob("report*.html"):
+            page.unlink(missing_ok=True)
         for path in self.path.glob("evaluations/health*"):
             shutil.rmtree(path)
 

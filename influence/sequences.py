@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 from numpy.typing import NDArray
 
@@ -461,6 +462,12 @@ class SequenceStore:
         for path in self._files:
             for row in _read_table(path, ["document", "parts"]).to_pylist():
                 yield list(dict.fromkeys([row["document"], *(part["document"] for part in row["parts"])]))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Every sequence's number of tokens, in order."""
+        columns = (_read_table(path, ["tokens"])["tokens"] for path in self._files)
+        return np.concatenate([pa.compute.list_value_length(column).to_numpy().astype(np.int64) for column in columns])
 
     def metadata(self) -> Iterator[dict[str, Any]]:
         """Every sequence's metadata, in order."""

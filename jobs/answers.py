@@ -4,12 +4,10 @@ Knows runs and files of queries; knows nothing of options or terminals.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,7 +15,7 @@ from influence.answering import QueryOptions, answer, answer_both_ends
 from influence.directions import Reduction
 from influence.errors import RequestError
 from influence.measurement import Combination, Measurement, Member, Spans, combine, question, with_function
-from influence.result import InfluenceResult, report_page
+from influence.result import InfluenceResult, query_report
 from influence.run import Run
 from influence.solving import Progress, ignore
 from jobs.progress import bar, say
@@ -53,13 +51,7 @@ def _watched(options: QueryOptions) -> Iterator[Progress]:
 
 def write_page(path: Path, answers: list[dict[str, Any]], run: Run) -> None:
     """The report as a file that appears whole or not at all."""
-    page = report_page(answers, run=run.directory.name, created=date.today().isoformat())
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(page, encoding="utf-8")
-        scratch.rename(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    query_report(answers, run=run.directory.name).to_html(path)
 
 
 def writable_page(path: Path) -> Path:

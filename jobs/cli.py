@@ -25,7 +25,8 @@ from influence.refinement import RefineOptions
 from influence.report import words
 from influence.result import InfluenceResult
 from influence.run import Run, open_run
-from jobs.answers import answer_queries, answers_with_opponents, asked_before, keep_answers, measurements_of, writable_page, write_page
+from influence.run_facts import coverage_facts, data_facts, living_facts
+from jobs.answers import answer_queries, keep_answers, measurements_of
 from jobs.driver import run_all, stage_states
 from jobs.evaluate import evaluate
 from jobs.health import health
@@ -49,11 +50,13 @@ from jobs.options import (
     Server,
     Where,
     open_within,
+    refinement,
     with_config_options,
 )
 from jobs.plan import plan
 from jobs.progress import progress_lines, say
 from jobs.remote import ask_server, questions_of
+from jobs.report import report
 from jobs.serve import serve, tokens
 from jobs.submit import jobs, submit
 
@@ -221,7 +224,7 @@ def query(
         candidates=candidates,
         where=where,
         normalize=normalize,
-        refine=_refinement(refine, refine_steps, refine_sequences),
+        refine=refinement(refine, refine_steps, refine_sequences),
         bm25=bm25,
         by_output_token=by_output_token,
     )
@@ -245,62 +248,9 @@ def query(
     _show_results([(name, result) for (name, _), result in zip(asked, results, strict=True)], several, as_json, tokens, bm25)
 
 
-@app.command()
-def report(
-    run: RunPlace,
-    prompt: Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)] = None,
-    completion: Annotated[str | None, typer.Argument(help="what the model said", show_default=False)] = None,
-    queries: Queries = None,
-    as_one: AsOne = None,
-    data: Data = None,
-    direction: DirectionFile = None,
-    reduce: Reduce = None,
-    k: Annotated[int, typer.Option("-k", help="how many sequences on either side")] = 10,
-    exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
-    where: Where = None,
-    normalize: Normalize = False,
-    refine: Refine = False,
-    refine_steps: RefineSteps = RefineOptions.steps,
-    refine_sequences: RefineSequences = RefineOptions.sequences,
-    also: AlsoRuns = None,
-    by_output_token: ByOutputToken = False,
-    out: Annotated[Path | None, typer.Option("--out", help="the HTML file; report.html in the run directory when left out")] = None,
-    model: ModelOption = None,
-    memory_budget: Memory = "16GiB",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """One self-contained HTML page: the query, its proponents and opponents, layers, tokens and distribution.
-
-    Without a query, the queries asked of this run so far are reported.
-    """
-    opened = open_within(run, model, memory_budget)
-    if out is None:
-        opened.directory.check_keeps_files("--out")
-    nothing_asked = prompt is None and queries is None and not data
-    page = writable_page(out or opened.directory.path / "report.html")
-    if nothing_asked and (as_one or direction or reduce):
-        raise RequestError("--as-one goes with --queries FILE, --direction and --reduce with a query")
-    asked = (
-        asked_before(opened)
-        if nothing_asked
-        else measurements_of(opened, prompt, completion, None, None, queries, as_one=as_one, data=data, direction=direction, reduce=reduce)
-    )
-    refinement = _refinement(refine, refine_steps, refine_sequences)
-    runs = [opened, *(open_within(other, None, memory_budget) for other in also or [])]
-    options = QueryOptions(
-        k=k, exact=exact, where=where, normalize=normalize, refine=refinement, bm25=True, by_output_token=by_output_token
-    )
-    answers = answers_with_opponents(runs, asked, options)
-    write_page(page, answers, opened)
-    if as_json:
-        _print_json({"report": str(page), "bytes": page.stat().st_size, "queries": answers})
-    else:
-        print(page)
-
-
 app.command()(with_config_options(plan))
 app.command()(health)
+app.command()(report)
 app.command()(serve)
 app.command()(tokens)
 app.command()(with_config_options(submit))
@@ -364,13 +314,6 @@ def _show_results(results: list[tuple[str, InfluenceResult]], several: bool, as_
             _print_result(result, tokens, bm25)
 
 
-def _refinement(wanted: bool, steps: int, sequences: int) -> RefineOptions | None:
-    chosen = RefineOptions(steps=steps, sequences=sequences)
-    if not wanted and chosen != RefineOptions():
-        raise RequestError("--refine-steps and --refine-sequences go with --refine")
-    return chosen if wanted else None
-
-
 # what people see
 
 
@@ -392,17 +335,11 @@ def _status(run: Run) -> dict[str, Any]:
     finished = all(state["total"] is not None and state["done"] == state["total"] for state in states.values())
     status: dict[str, Any] = {"run": str(run.directory), "finished": finished, "stages": states, **run.description}
     if states["sequences"]["done"]:
-        status["data"] = {"sequences": len(run.training), **{key: value for key, value in run.training.summary.items() if key != "shards"}}
+        status["data"] = data_facts(run)
     if states["layers"]["done"]:
-        coverage = run.coverage
-        status["coverage"] = {
-            "parameters_attributed": coverage.share,
-            "layers": [layer.name for layer in coverage.layers],
-            "excluded": coverage.excluded,
-        }
+        status["coverage"] = coverage_facts(run)
     if finished:
-        changes = run.directory.living
-        status["living"] = {"appended": len(run.store) - len(run.training), "removed": len(changes.removed), "erased": len(changes.erased)}
+        status["living"] = living_facts(run)
         status["fidelity"] = run.fidelity.to_json() if run.fidelity else None
     else:
         status["progress"] = run.directory.read_progress()

@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,13 +24,12 @@ from influence.errors import RequestError
 from influence.health import Arrays, Health, Keep, health_fingerprint, measure_health
 from influence.measurement import Measurement
 from influence.report import words
+from influence.report.report import CSV, PARQUET
 from influence.run import Run
 from influence.run_directory import digest, write_file
 from jobs.answers import measurements_of
 from jobs.options import Debug, Json, Memory, ModelOption, RunPlace, open_within
 from jobs.progress import bar
-
-PARQUET, CSV = ".parquet", ".csv"
 
 SHOWN = 20
 """Values of a metadata column in the terminal."""
@@ -70,7 +68,7 @@ def health(
     if queries is not None:
         asked = measurements_of(opened, None, None, None, None, queries, as_one="mean")[0][1]
     found = kept_health(opened, asked, by, k)
-    page = write_health(found, directory, opened)
+    page = write_health(found, directory)
     if weights is not None:
         write_file(weights, _table_bytes(pa.table({name: list(values) for name, values in found.weights().items()}), weights.suffix))
     if as_json:
@@ -115,14 +113,14 @@ def _write_arrays(arrays: Arrays, directory: Path) -> None:
     save_file(arrays, directory / "arrays.safetensors")
 
 
-def write_health(found: Health, directory: Path, run: Run) -> Path:
+def write_health(found: Health, directory: Path) -> Path:
     """The summary as JSON, a row a sequence in Parquet, and the page, each whole or not at all. Returns the page's path."""
     page = directory / "health.html"
     directory.mkdir(parents=True, exist_ok=True)
     write_file(directory / "health.json", json.dumps(found.to_json(), ensure_ascii=False, allow_nan=False).encode())
     table = pa.table({name: list(values) for name, values in found.columns.items()})
     write_file(directory / "sequences.parquet", _table_bytes(table, PARQUET))
-    write_file(page, found.page(run=run.directory.path.name, created=date.today().isoformat()).encode())
+    found.report().to_html(page)
     return page
 
 

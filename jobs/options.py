@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from influence.config import Config, parse_bytes
 from influence.errors import RequestError
+from influence.refinement import RefineOptions
 from influence.run import Run, open_run
 
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="run directory, or s3://bucket/run or gs://bucket/run")]
@@ -66,6 +67,14 @@ def open_within(run: str, model: str | None, memory_budget: str) -> Run:
     if not isinstance(budget, int) or budget <= 0:
         raise RequestError(f"--memory-budget: {memory_budget!r} is not a size such as 4GiB")
     return open_run(run, model=model, memory_budget=budget)
+
+
+def refinement(wanted: bool, steps: int, sequences: int) -> RefineOptions | None:
+    """How the answer is refined, if it is. Raises RequestError for details of a refinement that is not wanted."""
+    chosen = RefineOptions(steps=steps, sequences=sequences)
+    if not wanted and chosen != RefineOptions():
+        raise RequestError("--refine-steps and --refine-sequences go with --refine")
+    return chosen if wanted else None
 
 
 # What people type for the keys they need most.

@@ -235,6 +235,30 @@ def test_contrast_filter_layers_and_number_are_asked(visit: Visit) -> None:
     assert "√nats" in visit.column("Made it more likely").inner_text()
 
 
+def test_what_the_form_says_of_the_answer_is_asked_and_kept_in_the_link(visit: Visit) -> None:
+    visit.fill()
+    visit.narrow()
+    visit.tab.get_by_label("Candidates").fill("7")
+    visit.tab.get_by_label("Averaged with runs").fill("other")
+    visit.tab.get_by_label("Split by predicted token").check()
+    visit.tab.get_by_label("Refine").check()
+    visit.ask()
+    kept = visit.kept()
+    assert {"candidates": 7, "also": ["other"], "by_output_token": True, "refine": True}.items() <= kept["request"].items()
+    assert kept["result"]["provenance"]["method"] == "refined"
+    assert "candidates, also, refine, by output token" in visit.tab.locator("#options-said").inner_text()
+    visit.tab.get_by_role("link", name="Link to the question").click()
+    visit.answered()
+    assert visit.kept()["request"] == kept["request"]
+
+
+def test_the_report_on_the_run_is_one_click_away(visit: Visit) -> None:
+    with visit.tab.expect_download() as download:
+        visit.tab.get_by_role("button", name="Report on this run").click()
+    assert download.value.suggested_filename == "influence-small.html"
+    assert "<h1>Run small</h1>" in Path(download.value.path()).read_text(encoding="utf-8")
+
+
 def test_nothing_found_is_said(visit: Visit) -> None:
     visit.fill()
     visit.narrow()
@@ -571,7 +595,8 @@ def test_a_service_without_runs_says_so(chromium: Any, tmp_path: Path) -> None: 
 
 def test_every_file_of_the_page_is_served_under_its_own_policy(site: str) -> None:
     folder = Path(__file__).parent.parent / "influence/service/page"
-    for file in ["", *(path.name for path in folder.iterdir())]:
+    shared = folder.parents[1] / "report/shared"
+    for file in ["", *(path.name for place in (folder, shared) for path in place.iterdir())]:
         response = httpx.get(f"{site}/{file}")
         assert response.status_code == 200
         assert "default-src 'none'; script-src 'self'" in response.headers["content-security-policy"]

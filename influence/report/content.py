@@ -37,39 +37,6 @@ def content(report: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, 
     return pages, {"layers": layer_lists, "queries": data}
 
 
-def families(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Where in the model each family of queries is answered from; None where the queries have no two families."""
-    queries = [
-        (str(family), [_by_layer(result) for result in query["results"]])
-        for query in report["queries"]
-        if (family := query["query"].get("family")) is not None
-    ]
-    if len({family for family, _ in queries}) < 2:
-        return None
-    rows, shares = layer_names.shares_by_family(queries)
-    largest = max((abs(value) for column in shares.values() for value in column), default=0.0) or 1.0
-    cells = [
-        {
-            "name": f"block {row}" if row.rpartition(" ")[2].isdecimal() else row,
-            "shares": [
-                {
-                    "text": words.percent(column[place]) if column[place] >= 0 else f"{words.MINUS}{words.percent(-column[place])}",
-                    "strength": round(abs(column[place]) / largest, 3),
-                    "side": "minus" if column[place] < 0 else "plus",
-                }
-                for column in shares.values()
-            ],
-        }
-        for place, row in enumerate(rows)
-    ]
-    counts = [sum(family == name for family, _ in queries) for name in shares]
-    return {"names": [(spelling.shown(name), count) for name, count in zip(shares, counts, strict=True)], "rows": cells}
-
-
-def _by_layer(result: Mapping[str, Any]) -> dict[str, float]:
-    return {layer: _finite(value, "a result") for layer, value in (result.get("layers") or {}).items()}
-
-
 def packed(values: Sequence[float]) -> dict[str, Any]:
     """`{"scale", "codes"}`: two base64 digits a value, 12 bits. The high bit is the sign; the other 11 are 0 for nothing, else m with
     size = scale × 10^(−5 (2047 − m) / 2047). A size is kept to 0.3%; one below 10⁻⁵ of the largest is nothing."""
@@ -118,7 +85,7 @@ def _query(query: Mapping[str, Any], number: int, taken: set[str]) -> tuple[dict
         "tail_sentence": words.tail_sentence(spread) if spread else "",
         "memorised": words.memorised(query.get("distribution") or {}, query["results"], question["num_counted"]) if spread else "",
         "by_output": (query.get("provenance") or {}).get("tokens_by") == "output",
-        "coverage": _coverage(query.get("coverage") or {}, where),
+        "coverage": coverage_content(query.get("coverage") or {}, where),
         "trust": words.trust(query.get("provenance") or {}),
         "provenance": [(key.replace("_", " "), _fact(key, value)) for key, value in (query.get("provenance") or {}).items()],
     }
@@ -331,7 +298,7 @@ def _thinned(points: Sequence[Sequence[float]]) -> list[Sequence[float]]:
     return [points[place - 1] for place in sorted({round(math.exp(step * ratio)) for step in range(_TAIL_POINTS)})]
 
 
-def _coverage(coverage: Mapping[str, Any], where: str) -> dict[str, Any]:
+def coverage_content(coverage: Mapping[str, Any], where: str) -> dict[str, Any]:
     share = coverage.get("parameters_attributed")
     reasons: dict[str, list[str]] = {}
     for module, reason in (coverage.get("excluded") or {}).items():

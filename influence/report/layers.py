@@ -73,17 +73,24 @@ def signed_sums(
     return [(label, positive, negative) for label, (positive, negative) in sums.items()]
 
 
+def row_by_block(names: Sequence[str]) -> Callable[[str], str]:
+    """The function from a layer to its block's label, or to its own name where it lies outside of the blocks."""
+    label = block_label(names)
+    return lambda name: label(name) or name
+
+
 def shares_by_family(
     queries: Sequence[tuple[str, Sequence[Mapping[str, float]]]],
+    row: Callable[[Sequence[str]], Callable[[str], str]] = row_by_block,
 ) -> tuple[list[str], dict[str, list[float]]]:
-    """(rows, family → share of each row), rows being blocks by depth and the layers outside of them.
+    """(rows, family → share of each row): by `row`, blocks by depth and the layers outside of them.
 
     `queries` are (family, scores by layer of the sequences that helped). A query's share of a row is the row's part of what these sequences add up
     to in all layers, and a family's is the mean over its queries; a query whose sequences add up to nothing positive is left out.
     """
     names = in_model_order(name for _, sequences in queries for layers in sequences for name in layers)
-    label = block_label(names)
-    row_of = {name: label(name) or name for name in names}
+    of = row(names)
+    row_of = {name: of(name) for name in names}
     rows = list(dict.fromkeys(row_of.values()))
     found: dict[str, list[list[float]]] = {}
     for family, sequences in queries:

@@ -9,18 +9,23 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from jinja2 import BaseLoader, Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from influence.report import spelling
-from influence.report.content import content, families
+from influence.report.content import content
 from influence.report.health import health_content
+from influence.report.overview import overview_content, set_facts
+from influence.report.run import run_content
 
 LIMIT_BYTES = 2_000_000
+
+DETAILED = 20
+"""So many queries of a set have a section of their own on its page; all are in what it says of the set."""
 
 
 def render_report(report: Mapping[str, Any]) -> str:
@@ -29,17 +34,23 @@ def render_report(report: Mapping[str, Any]) -> str:
     `report` is plain JSON: `title`, `run`, `created` and `queries`, each the object that `influence query --json` prints with its `id`, and
     optionally `opponents`, `distribution`, and `unit` (of the scores; nats where it is left out).
 
+    Of more than 20 queries the first 20 have a section of their own.
+
     Raises ValueError where a query lacks something the page cannot do without, a number is not finite, or the page is too large.
     """
     queries, data = content(report)
-    style, script = _resource("page.css"), _resource("page.js")
+    detailed = queries[:DETAILED]
+    data["queries"] = data["queries"][:DETAILED]
+    anchors = {query["name"]: query["anchor"] for query in detailed}
+    style, script = _resource("page.css"), _script()
     page = _filled(
         "page.html",
         title=str(report.get("title") or "Influence report"),
         run=report.get("run"),
         created=report.get("created"),
         queries=queries,
-        families=families(report),
+        detailed=detailed,
+        overview=overview_content(set_facts(named(report["queries"])), anchors) if len(queries) > 1 else None,
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
@@ -54,18 +65,37 @@ def render_report(report: Mapping[str, Any]) -> str:
     return page
 
 
+def named(queries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The queries with the names that the page gives them: their number where they have no id."""
+    return [{**query, "id": str(query.get("id") or number)} for number, query in enumerate(queries, 1)]
+
+
 def render_health(health: Mapping[str, Any]) -> str:
     """The health of a training set (`influence health --json`, with `run` and `created`) as one complete HTML document without a script."""
-    style = _resource("page.css") + _resource("health.css")
-    return _filled("health.html", **health_content(health), style=Markup(style), policy=_policy(style))
+    return _without_script("health.html", health_content(health))
+
+
+def render_run(facts: Mapping[str, Any]) -> str:
+    """The facts of a run (`influence.run_facts`, with `created`), as one complete HTML document without a script."""
+    return _without_script("run.html", run_content(facts))
+
+
+def _without_script(template: str, content: Mapping[str, Any]) -> str:
+    style = _resource("page.css")
+    return _filled(template, **content, style=Markup(style), policy=_policy(style))
 
 
 def _filled(template: str, **values: Any) -> str:
     environment = Environment(
-        loader=BaseLoader(), autoescape=True, finalize=_visible, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(lambda name: re.sub(r"(?m)^ +", "", _resource(name))),
+        autoescape=True,
+        finalize=_visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["text"] = _text
-    return environment.from_string(re.sub(r"(?m)^ +", "", _resource(template))).render(**values)
+    return environment.get_template(template).render(**values)
 
 
 def embeddable(data: Any) -> str:
@@ -94,6 +124,12 @@ def _policy(style: str, script: str | None = None) -> str:
 
 def _digest(inline: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+
+
+def _script() -> str:
+    """The page's script with the modules that it shares with the page of the service, as one script: a page that is a file cannot import any."""
+    modules = [re.sub(r"(?m)^(?:import .*\n|export )", "", _resource(name)) for name in ("shared/dom.js", "shared/tips.js", "page.js")]
+    return '"use strict";\n(() => {\n' + "\n".join(modules) + "})();\n"
 
 
 def _resource(name: str) -> str:

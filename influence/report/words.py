@@ -25,6 +25,20 @@ def number(value: float) -> str:
     return f"{sign}{mantissa}×10{str(int(power)).translate(_SUPERSCRIPTS)}"
 
 
+def power_of_ten(power: int) -> str:
+    """`10⁻³`."""
+    return f"10{str(power).translate(_SUPERSCRIPTS)}"
+
+
+def size(num_bytes: float) -> str:
+    """`8.0 KiB`, `1.2 GiB`: three digits at most."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} TiB"
+
+
 def signed(value: float) -> str:
     """`number` with a plus sign where the value is positive."""
     return ("+" if value > 0 else "") + number(value)

@@ -75,7 +75,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.include_router(router(service))
     page = Path(str(resources.files("influence.service"))) / "page"
     if page.is_dir():
-        app.mount("/", StaticFiles(directory=page, html=True), name="page")
+        app.mount("/", StaticFiles(directory=page, packages=[("influence.report", "shared")], html=True), name="page")
     return app
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +23,10 @@ from safetensors import SafetensorError
 from influence import artifacts
 from influence.batches import factor_bytes
 from influence.errors import RequestError
-from influence.report.layers import kind, take_apart
+from influence.report import render_run
 from influence.run import Run
 from influence.run_directory import digest
+from influence.run_facts import layer_facts, run_facts
 from influence.sequences import encode_pair
 from influence.service.errors import ServiceError, not_found, stale
 from influence.service.settings import RUN_NAME, ServiceSettings
@@ -52,6 +54,8 @@ class OpenedRun:
     num_bytes: int = 0  # what it keeps in memory once it is loaded
     last_use: int = 0  # a counter of uses: the least is released first
     names: dict[str, str] = field(default_factory=dict)  # what to write for each path of this machine
+    page: tuple[str, str] = ("", "")  # state of the index, and the page about the run as it was then
+    making_page: threading.Lock = field(default_factory=threading.Lock)
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -300,21 +304,18 @@ def sequence_facts(opened: OpenedRun, name: str) -> dict[str, Any]:
 
 def layer_report(run: Run) -> dict[str, Any]:
     """Every attributed layer with its factors' figures, and what is left out."""
-    summary = artifacts.read_factor_summary(run.path_of("factors"))
-    layers = [
-        {
-            "name": layer.name,
-            "modules": list(layer.modules),
-            "type": layer.kind,
-            "kind": kind(layer.name),
-            "block": take_apart(layer.name).block,
-            "shape": list(layer.shape),
-            "parameters": layer.shape[0] * layer.shape[1],
-            **summary[layer.name],
-        }
-        for layer in run.coverage.layers
-    ]
-    return {"layers": layers, "excluded": run.coverage.excluded, "parameters_attributed": run.coverage.share}
+    return {"layers": layer_facts(run), "excluded": run.coverage.excluded, "parameters_attributed": run.coverage.share}
+
+
+def run_page(opened: OpenedRun, state: str) -> str:
+    """The page about the run, without paths of this machine; kept until the index is in another state. Raises 409 for a file that cannot be read."""
+    with opened.making_page:
+        if opened.page[0] != state:
+            with reading(opened.name, opened.names):
+                facts = run_facts(opened.run)
+            told = facts["provenance"] | {"place": opened.name, "sources": {}}
+            opened.page = (state, render_run(facts | {"run": opened.name, "created": date.today().isoformat(), "provenance": told}))
+    return opened.page[1]
 
 
 def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from influence.errors import RequestError
 from influence.service import answers, bodies
-from influence.service.catalog import Catalog, example_queries, facts_of, layer_report, question_tokens, reading, sequence_facts
+from influence.service.catalog import Catalog, example_queries, facts_of, layer_report, question_tokens, reading, run_page, sequence_facts
 from influence.service.engine import Answer, Engine
 from influence.service.errors import ServiceError, not_found, refused
 from influence.service.metrics import Metrics
@@ -176,6 +176,17 @@ def router(service: Service) -> APIRouter:
         opened = service.catalog.opened(run)
         with reading(run, opened.names):
             return layer_report(opened.run)
+
+    @routes.get(
+        "/v1/runs/{run}/report",
+        tags=["runs"],
+        summary="What the run is made of and how good it is, as one HTML page",
+        response_class=HTMLResponse,
+        responses=errors(404, 409),
+    )
+    def run_report(run: Name) -> HTMLResponse:
+        page = run_page(service.catalog.opened(run), service.catalog.state_of_index(run, refine=False))
+        return HTMLResponse(page, headers={"Content-Security-Policy": REPORT_POLICY})
 
     @routes.get(
         "/v1/runs/{run}/sequences/{id:path}",

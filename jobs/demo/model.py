@@ -157,8 +157,8 @@ def cut_sequences(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Docume
     """Every document cut into sequences of at most `length` tokens, as the run's own, those of one token left out."""
     config = DataConfig(files=["train.jsonl"], sequence_length=length)
     texts = [
-        TextDocument(id=document.id, text=document.text, prompt=None, completion=None, input_ids=None, metadata={})
-        for document in documents
+        TextDocument(id=document.id, place=f"train.jsonl, row {number}", text=document.text, metadata={})
+        for number, document in enumerate(documents)
     ]
     return [sequence for sequence in tokenize(texts, tokenizer, config) if sequence.counted.any()]
 

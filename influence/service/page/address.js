@@ -3,15 +3,17 @@
 // {run, query, with}: a result, beside another; or {run, prompt, completion, …}: a question that is asked when the address is opened.
 
 const TEXTS = ["run", "query", "with", "prompt", "completion", "contrast", "where"];
-const SWITCHES = ["exact", "normalize", "bm25"];
+const SWITCHES = ["exact", "normalize", "bm25", "refine", "by_output_token"];
+const NUMBERS = ["k", "candidates"];
+const LISTS = ["layers", "also"];
 
 export function read(hash = location.hash) {
   const given = new URLSearchParams(hash.slice(1));
   const place = {};
   for (const name of TEXTS) if (given.has(name)) place[name] = given.get(name);
   for (const name of SWITCHES) if (given.get(name) === "yes") place[name] = true;
-  if (/^\d+$/.test(given.get("k") ?? "")) place.k = Number(given.get("k"));
-  if (given.get("layers")) place.layers = given.get("layers").split(",");
+  for (const name of NUMBERS) if (/^\d+$/.test(given.get(name) ?? "")) place[name] = Number(given.get(name));
+  for (const name of LISTS) if (given.get(name)) place[name] = given.get(name).split(",");
   const span = (given.get("span") ?? "").match(/^(\d+):(\d+)$/);
   if (span) place.span = [Number(span[1]), Number(span[2])];
   return place;
@@ -21,8 +23,8 @@ export function write(place) {
   const given = new URLSearchParams();
   for (const name of TEXTS) if (place[name] !== undefined && place[name] !== "") given.set(name, place[name]);
   for (const name of SWITCHES) if (place[name]) given.set(name, "yes");
-  if (place.k) given.set("k", place.k);
-  if (place.layers?.length) given.set("layers", place.layers.join(","));
+  for (const name of NUMBERS) if (place[name]) given.set(name, place[name]);
+  for (const name of LISTS) if (place[name]?.length) given.set(name, place[name].join(","));
   if (place.span) given.set("span", place.span.join(":"));
   return `#${given}`;
 }

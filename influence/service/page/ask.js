@@ -5,7 +5,9 @@ import { byId } from "./dom.js";
 import { SpanChooser } from "./span.js";
 
 const TYPING_MILLISECONDS = 250;
-const NARROWING = ["contrast", "where", "layers"];
+const NARROWING = ["contrast", "where", "layers", "candidates", "also"];
+const SWITCHES = ["normalize", "exact", "refine", "by_output_token"]; // beside bm25, which is on at first
+const list = (text) => text.split(",").map((one) => one.trim()).filter(Boolean);
 
 export class AskForm {
   #typing = null;
@@ -39,11 +41,11 @@ export class AskForm {
     if (value("contrast")) body.contrast = value("contrast");
     else if (this.chooser.span) body.span = this.chooser.span;
     if (value("where").trim()) body.where = value("where").trim();
-    const layers = value("layers").split(",").map((glob) => glob.trim()).filter(Boolean);
-    if (layers.length) body.layers = layers;
+    for (const id of ["layers", "also"]) if (list(value(id)).length) body[id] = list(value(id));
+    if (value("candidates")) body.candidates = Number(value("candidates"));
     const k = Number(value("k"));
     if (k !== 10) body.k = Number.isInteger(k) ? k : value("k");
-    for (const id of ["exact", "normalize", "bm25"]) if (byId(id).checked) body[id] = true;
+    for (const id of [...SWITCHES, "bm25"]) if (byId(id).checked) body[id] = true;
     return body;
   }
 
@@ -53,22 +55,26 @@ export class AskForm {
     byId("completion").value = given.completion ?? given.text ?? "";
     byId("contrast").value = given.contrast ?? "";
     byId("where").value = given.where ?? "";
-    byId("layers").value = (given.layers ?? []).join(", ");
+    for (const id of ["layers", "also"]) byId(id).value = (given[id] ?? []).join(", ");
+    byId("candidates").value = given.candidates ?? "";
     byId("k").value = given.k ?? 10;
-    for (const id of ["exact", "normalize", "bm25"]) byId(id).checked = Boolean(given[id]);
+    for (const id of [...SWITCHES, "bm25"]) byId(id).checked = Boolean(given[id]);
     this.#wanted = Array.isArray(given.span?.[0]) ? null : given.span ?? null; // the form has one span
     this.chooser.set([]);
-    if (NARROWING.some((name) => given[name]?.length) || given.exact || given.normalize) byId("options").open = true;
+    if (NARROWING.some((name) => given[name]?.length || given[name] > 0) || SWITCHES.some((name) => given[name])) byId("options").open = true;
     this.#contrasted();
     return this.#tokenize();
   }
 
-  // What is known of the run: how its metadata can be named, and its limits.
-  describe(facts) {
+  // What is known of the run: how its metadata can be named, and its limits; and which other runs are served.
+  describe(facts, others = []) {
     const columns = facts?.metadata ?? [];
     byId("where").disabled = !columns.length;
     byId("where").placeholder = columns.length ? `${columns[0]} = '…'` : "";
     byId("where-hint").textContent = columns.length ? `Columns: ${columns.join(", ")}. Also and, or, not, in, like, <, is null.` : "This run keeps no metadata to filter by.";
+    byId("also").disabled = !others.length;
+    byId("also-hint").textContent = others.length ? `Of the same sequences: ${others.slice(0, 8).join(", ")}${others.length > 8 ? ", …" : ""}.` : "No other run is served.";
+    byId("candidates").max = facts?.limits?.candidates ?? 2000;
     byId("k").max = facts?.limits?.k ?? 100;
     return this.#tokenize();
   }
@@ -102,7 +108,7 @@ export class AskForm {
   }
 
   #summary() {
-    const set = [...NARROWING.filter((id) => byId(id).value), ...["normalize", "exact"].filter((id) => byId(id).checked)];
+    const set = [...NARROWING.filter((id) => byId(id).value), ...SWITCHES.filter((id) => byId(id).checked)].map((id) => id.replaceAll("_", " "));
     byId("options-said").textContent = set.length ? `· ${set.join(", ")}` : "";
   }
 }

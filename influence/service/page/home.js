@@ -3,6 +3,7 @@
 import * as address from "./address.js";
 import * as api from "./api.js";
 import { html, percent, plural, whole } from "./dom.js";
+import { save } from "./download.js";
 
 // The run in plain words: how much is searched, how much is covered, how good its index was measured to be.
 function inWords(facts) {
@@ -29,7 +30,8 @@ function asked(query) {
     html("small", {}, `${query.run}, ${new Date(1000 * query.created).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })}${query.state === "done" ? "" : `, ${query.state}`}`));
 }
 
-export async function home(facts, seed) {
+// `guard(job)` does something that may fail, and tells when it does.
+export async function home(facts, seed, guard) {
   if (!facts) return html("section", { class: "home" }, html("h2", {}, "No run is served"), html("p", {}, "Start the service with a finished run: ", html("code", {}, "influence serve RUN"), "."));
   if (facts.state === "unusable") return html("section", { class: "home" }, html("h2", {}, `Run ${facts.name} cannot be asked`), html("p", { class: "problem" }, facts.error));
   const [examples, before] = await Promise.all([api.examples(facts.name, 6, seed).catch(() => []), api.latest(8).catch(() => [])]);
@@ -38,7 +40,8 @@ export async function home(facts, seed) {
       html("p", { class: "caption" }, "Training sequences cut in two: what made the model go on like this? The sequence itself ought to be found."),
       examples.length ? html("div", { class: "cards" }, ...examples.map((example) => card(facts.name, example))) : html("p", { class: "none" }, "This run has no text to make questions of.")),
     html("div", { class: "two" },
-      html("section", { "aria-labelledby": "run-heading" }, html("h2", { id: "run-heading" }, "Run ", html("bdi", {}, facts.name)), html("p", { class: "prose" }, inWords(facts))),
+      html("section", { "aria-labelledby": "run-heading" }, html("h2", { id: "run-heading" }, "Run ", html("bdi", {}, facts.name)), html("p", { class: "prose" }, inWords(facts)),
+        html("button", { type: "button", onclick: () => guard(async () => save(`influence-${facts.name}.html`, await api.runReport(facts.name), "text/html")) }, "Report on this run")),
       html("section", { "aria-labelledby": "before-heading" }, html("h2", { id: "before-heading" }, "Asked before"),
         before.length ? html("ul", { class: "before" }, ...before.map(asked)) : html("p", { class: "none" }, "Nothing yet."))));
 }

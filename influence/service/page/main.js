@@ -134,7 +134,7 @@ function route() {
   return guard(async (signal) => {
     const place = address.read();
     if (served.some((facts) => facts.name === place.run)) byId("run").value = place.run;
-    void form.describe(chosen());
+    void form.describe(chosen(), actions.runs.filter((name) => name !== byId("run").value));
     left = null;
     compared();
     if (place.query) return show(place, signal);
@@ -144,7 +144,7 @@ function route() {
       return ask(run, { prompt: "", both_ends: true, ...body }, undefined, true);
     }
     document.title = "influence: which training examples made this model say that?";
-    byId("main").replaceChildren(await home(chosen(), seed));
+    byId("main").replaceChildren(await home(chosen(), seed, guard));
   });
 }
 

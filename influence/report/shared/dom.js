@@ -1,4 +1,4 @@
-// Elements and numbers. Text enters the page only as text nodes, whatever it holds.
+// Elements and numbers, of the service's page and of reports. Text enters a page only as text nodes, whatever it holds.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -31,7 +31,7 @@ export function say(text) {
   byId("spoken").textContent = text;
 }
 
-const superscript = (power) => String(power).replace(/-/g, "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]);
+export const superscript = (power) => String(power).replace(/-/g, "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]);
 
 // About three significant digits, with a real minus sign.
 export function number(value) {

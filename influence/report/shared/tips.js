@@ -1,4 +1,4 @@
-// One tooltip, for a pointer, a finger and a keyboard; what the keyboard reaches is also said.
+// One tooltip, for a pointer, a finger and a keyboard; what the keyboard reaches is also said. A line is text, or an element such as a link.
 
 import { byId, clamp, html, say } from "./dom.js";
 
@@ -11,10 +11,10 @@ export const tipOf = (element, lines) => known.set(element, lines);
 // `where()` gives the rectangle that the tooltip belongs to; it is asked again when the page scrolls.
 export function show(lines, where, aloud = false) {
   const tip = byId("tip");
-  tip.replaceChildren(...lines.map((line, i) => html("div", {}, i ? line : html("b", {}, line))));
+  tip.replaceChildren(...lines.map((line, i) => html("div", {}, i || line instanceof Node ? line : html("b", {}, line))));
   tip.hidden = false;
   (place = () => put(tip, where()))();
-  if (aloud) say(lines.join(", "));
+  if (aloud) say(lines.map((line) => (line instanceof Node ? line.textContent : line)).join(", "));
 }
 
 function put(tip, rectangle) {
@@ -31,7 +31,12 @@ export function hide() {
   pinned = false;
 }
 
-function tipped(target) {
+// The tooltip stays until something else is clicked.
+export function pin() {
+  pinned = true;
+}
+
+export function tipped(target) {
   for (let element = target; element instanceof Element; element = element.parentElement) if (known.has(element)) return element;
   return null;
 }
@@ -48,10 +53,15 @@ function reveal(event) {
 }
 
 export function listen() {
-  const over = (event) => event.pointerType !== "touch" && !pinned && !reveal(event) && hide();
+  const inside = (event) => byId("tip").contains(event.target);
+  const over = (event) => event.pointerType !== "touch" && !pinned && !inside(event) && !reveal(event) && hide();
   document.addEventListener("pointerover", over);
   document.addEventListener("pointermove", (event) => event.target instanceof SVGElement && over(event));
-  document.addEventListener("click", (event) => (hide(), (pinned = reveal(event))));
+  document.addEventListener("click", (event) => {
+    if (inside(event)) return void setTimeout(hide); // after its link was followed
+    hide();
+    pinned = reveal(event);
+  });
   document.addEventListener("keydown", (event) => event.key === "Escape" && hide());
   addEventListener("scroll", () => byId("tip").hidden || place(), { passive: true, capture: true });
 }
