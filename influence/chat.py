@@ -16,6 +16,8 @@ Turn = Mapping[str, Any]
 
 Tools = Sequence[Mapping[str, Any]] | None
 
+_MARK_THEM = "put {% generation %} and {% endgeneration %} around its words in the tokenizer's template, or give prompt and completion"
+
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -64,13 +66,16 @@ def assistant_turns(tokenizer: Any, turns: Sequence[Turn], tools: Tools = None) 
     for place, turn in enumerate(turns):
         if turn.get("role") != "assistant":
             continue
+        if place == 0:  # what a template writes before it, such as a system turn of its own, would pass for the assistant's
+            raise RequestError(
+                f"the conversation begins with the assistant, and where its words begin cannot be told from the text: {_MARK_THEM}"
+            )
         after = written(tokenizer, turns[: place + 1], tools=tools)
         before = before_reply(tokenizer, turns[:place], after, tools)
         if before is None or not whole.startswith(after):
             raise RequestError(
-                f"the chat template writes turn {place + 1} otherwise once another follows it, so what the assistant said cannot be told from its "
-                "text: put {% generation %} and {% endgeneration %} around the assistant's words in the tokenizer's template, or give prompt and "
-                "completion"
+                f"the chat template writes turn {place + 1} otherwise once another follows it, so what the assistant said cannot be told from the "
+                f"text: {_MARK_THEM}"
             )
         found.append((len(before), len(after)))
     return whole, found

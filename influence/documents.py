@@ -137,7 +137,7 @@ def _document(row: Row, number: int, source: str, config: DataConfig) -> Documen
 
 def _tokenized_row(value_of: Callable[[str], Any], identifier: str, config: DataConfig, place: str) -> TokenizedRow:
     assert config.input_ids is not None
-    ids: list[int] = _list(value_of(config.input_ids), config.input_ids, place)
+    ids: list[int] = _list(value_of(config.input_ids), config.input_ids, place, "a list of token ids")
     if not all(_is_whole(token) and token >= 0 for token in ids):
         raise RequestError(f"{place}: column {config.input_ids!r} must hold a list of token ids")
 
@@ -212,14 +212,14 @@ def _weight(value: Any, column: str, place: str) -> float:
     return weight
 
 
-def _list(value: Any, column: str, place: str) -> list[Any]:
+def _list(value: Any, column: str, place: str, what: str = "a list") -> list[Any]:
     if isinstance(value, str):  # csv has no lists
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             value = None
     if not isinstance(value, list):
-        raise RequestError(f"{place}: column {column!r} must hold a list")
+        raise RequestError(f"{place}: column {column!r} must hold {what}")
     return value
 
 

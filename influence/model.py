@@ -186,7 +186,7 @@ def check_takes_documents_apart(loaded: LanguageModel) -> None:
     Tried on two short documents. A few models know no positions, or carry a state from token to token.
     """
     model = loaded.model
-    lengths = (3, 5)
+    lengths = [3, 5]
     tokens = torch.arange(1, 1 + sum(lengths), device=loaded.device)[None] % embedded_tokens(model)
     positions = torch.cat([torch.arange(length, device=loaded.device) for length in lengths])[None]
     try:

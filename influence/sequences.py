@@ -82,9 +82,7 @@ class TrainingSequence:
     text: str
     metadata: dict[str, Any]
     parts: tuple[DocumentPart, ...] = ()
-    starts: NDArray[np.int32] | None = (
-        None  # tokens, the first aside, that see nothing before them; None where attention knows no documents
-    )
+    starts: NDArray[np.int32] | None = None  # tokens after the first that see nothing before them; None: all see all before
     weight: float = 1.0  # of its loss in the training loss
 
 

@@ -139,6 +139,7 @@ BAD = [
     ([], "must hold a list of objects"),
     ("hello", "must hold a list"),
     ([{"content": "x"}], "every turn has a role"),
+    (CHAT[2:], "the conversation begins with the assistant, and where its words begin cannot be told from the text: put {% generation %}"),
     ([{"role": "user", "content": "half \ud83d"}], "half a character"),
 ]
 

@@ -153,7 +153,7 @@ DATA = [
     (LINES, {"prompt": "text", "completion": "c"}, "train.jsonl, row 0: no column 'c'; there are: id, text"),
     (LINES, {"input_ids": "ids"}, "train.jsonl, row 0: no column 'ids'; there are: id, text"),
     (LINES, {"input_ids": "text"}, "train.jsonl, row 0: column 'text' must hold a list of token ids"),
-    ('{"ids": [1, 99999]}', {"input_ids": "ids"}, "document '0' has token id 99999, but the tokenizer knows 320 tokens"),
+    ('{"ids": [1, 99999]}', {"input_ids": "ids"}, "train.jsonl, row 0: token id 99999 is not one of the 320 that the tokenizer knows"),
 ]
 
 
@@ -335,7 +335,19 @@ def check_shape(answer: dict[str, Any]) -> None:
     assert "".join(query["tokens"]) == query["prompt"] + query["completion"]
     assert [result["rank"] for result in results] == list(range(1, len(results) + 1))
     for result in results:
-        assert {"rank", "id", "score", "text", "metadata", "layers", "tokens", "bm25_rank", "duplicates", "verbatim"} == result.keys()
+        assert {
+            "rank",
+            "id",
+            "score",
+            "text",
+            "documents",
+            "metadata",
+            "layers",
+            "tokens",
+            "bm25_rank",
+            "duplicates",
+            "verbatim",
+        } == result.keys()
         assert math.isfinite(result["score"])
         assert sum(result["layers"].values()) == pytest.approx(result["score"], rel=1e-4)
         largest = max(abs(share) for _, share in result["tokens"])
