@@ -86,6 +86,7 @@ class _Taking:
                 self.experts.setdefault((layer.modules[0], layer.parameter), {})[layer.expert] = layer
         self.experts_left = set(self.experts)
         self.probes: list[Tensor] = []
+        self.probe_all = False
         self.in_backward = False
 
     def install(self, stack: ExitStack) -> None:
@@ -142,7 +143,9 @@ class _Taking:
                 f"layer {name!r} was called without gradients, as under torch.no_grad() or in checkpoints with use_reentrant=True: "
                 "leave it out of the layers"
             )
-        if not output.requires_grad:  # nothing before this layer needs a gradient: the graph starts here
+        if output.requires_grad and not self.probes:  # an input needs a gradient, so there is no telling where graphs start
+            self.probe_all = True
+        if not output.requires_grad or self.probe_all:  # nothing before this layer needs a gradient: the graph starts here
             self.probes.append(torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True))
             output = output + self.probes[-1]
         return output
@@ -179,10 +182,12 @@ class _Taking:
         if layer.kind == "scale":
             return _scale_record(layer, self.scales[layer.name], calls[layer.name], mask)
         lookup, head = None, None
+        tables = [name for name in layer.modules if isinstance(self.modules[name], nn.Embedding)]
+        if tables:
+            lookups = [call for name in tables for call in calls[name]]
+            lookup = _lookup(layer, self.modules[tables[0]], lookups, mask)
         for name in layer.modules:
-            if isinstance(self.modules[name], nn.Embedding):
-                lookup = _lookup(layer, self.modules[name], calls[name], mask)
-            else:
+            if name not in tables:
                 head = _linear_record(layer, self.modules[name], calls[name], mask)
         own = lookup.mask if lookup is not None else None
         reached = head.mask if head is not None else own

@@ -180,6 +180,7 @@ def _calls(model: nn.Module, modules: dict[str, nn.Module], run: Callable[[nn.Mo
     def called(name: str, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         alone = len(arguments) == 1 and not named
         inputs = arguments[0] if arguments else None
+        output = output.detach() if isinstance(output, Tensor) else output
         seen[name].append(_Call(inputs=inputs, alone=alone, output=output, arguments=arguments, named=named))
 
     def used(name: str, inputs: Tensor, output: Tensor) -> Tensor:
@@ -251,9 +252,10 @@ def _judged(
     names: tuple[str, ...], modules: dict[str, nn.Module], calls: dict[str, list[_Call]], head: nn.Module | None
 ) -> list[Layer] | str:
     """The layers that these modules make, one unless they are experts, or the reason to leave them out."""
+    names = tuple(name for name in names if calls[name])
+    if not names:
+        return "not called in the forward pass"
     for name in names:
-        if len(calls[name]) == 0:
-            return "not called in the forward pass"
         if any(not p.is_floating_point() for p in modules[name].parameters(recurse=False)):
             return "quantized weights, which have no gradient"
         if any(not isinstance(call.inputs, Tensor) or not isinstance(call.output, Tensor) for call in calls[name]):
@@ -262,12 +264,14 @@ def _judged(
         return _experts(names[0], modules[names[0]], matrices, calls[names[0]])
     tables = [name for name in names if isinstance(modules[name], nn.Embedding)]
     linear = [name for name in names if isinstance(modules[name], nn.Linear | Conv1D)]
-    if len(names) > 1 and not (len(tables) == len(linear) == 1 and isinstance(modules[linear[0]], nn.Linear)):
+    if len(names) > 1 and not (
+        tables and len(linear) == len(names) - len(tables) <= 1 and all(isinstance(modules[n], nn.Linear) for n in linear)
+    ):
         return f"{', '.join(names)} share their parameters, but are not an embedding and its head"
     judged: Layer | str
     if tables:
-        table, call = _with_values(modules[tables[0]], calls[tables[0]][0])
-        judged = _embedding(names, table, linear, modules, call)
+        tried = {_embedding(names, *_with_values(modules[name], calls[name][0]), linear, modules) for name in tables}
+        judged = tried.pop() if len(tried) == 1 else f"{', '.join(tables)} share their rows, but not what these are multiplied by"
     elif isinstance(modules[names[0]], CONVOLUTIONS):
         judged = _convolution(names[0], modules[names[0]])
     elif linear or _multiplies(modules[names[0]], calls[names[0]][0]):
@@ -360,7 +364,7 @@ def _made_up(like: Tensor) -> Tensor:
     return wave.to(like.dtype).as_strided(like.shape, (1,) * like.ndim)
 
 
-def _embedding(names: tuple[str, ...], table: nn.Module, heads: list[str], modules: dict[str, nn.Module], call: _Call) -> Layer | str:
+def _embedding(names: tuple[str, ...], table: nn.Module, call: _Call, heads: list[str], modules: dict[str, nn.Module]) -> Layer | str:
     weight: Any = table.weight
     if call.inputs.is_floating_point() or not bool(((call.inputs >= 0) & (call.inputs < len(weight))).all()):
         return "embedding: not called with the numbers of its rows"

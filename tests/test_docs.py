@@ -38,7 +38,7 @@ def pins() -> dict[str, str]:
     return {normalized(name): version for name, _, version in (line.partition("==") for line in lines)}
 
 
-NOT_DECLARED = {"kronfluence", "boto3"}  # docs/dependencies.md says why
+NOT_DECLARED = {"kronfluence", "curvlinops-for-pytorch", "boto3"}  # docs/dependencies.md says why
 
 
 def test_docs_explain_every_dependency_and_no_other() -> None:
