@@ -24,6 +24,7 @@ import optax
 from influence.config import load_config
 from influence.jax_model import save_flax_model
 from influence.run import Run
+from influence.solving import solved
 from jobs.demo.facts import Question, questions, statements
 from jobs.demo.model import train_tokenizer
 from jobs.demo.run import figures
@@ -113,12 +114,9 @@ def _batches(count: int, size: int, epochs: int, seed: int) -> Iterator[np.ndarr
 
 def ask(run: Run, asked: Sequence[Question]) -> dict[str, dict[str, float]]:
     """How well the sequences that state a fact are found, by an exact scan with EK-FAC, normalized, and by words."""
-    results = [run.query(one.prompt, one.completion, k=len(run.store), exact=True, normalize=True) for one in asked]
-    places = {name: place for place, name in enumerate(run.store.ids)}
-    scores = np.full((len(asked), len(run.store)), -np.inf)
-    for row, result in zip(scores, results, strict=True):
-        for sequence in result.sequences:
-            row[places[sequence.id]] = sequence.score
+    measurements = [run.measure(one.prompt, one.completion) for one in asked]
+    vectors = solved(run, run.attributed, measurements, None).vectors
+    scores = run.exact_scores(vectors, len(asked)) * run.normalizing_weights
     lexical = [run.lexical.scores(one.prompt + one.completion, len(run.store)) for one in asked]
     documents = [sequence.document for sequence in run.store]
     return {"EK-FAC, normalized": figures(list(scores), asked, documents), "BM25": figures(lexical, asked, documents)}
@@ -129,7 +127,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path("runs/flax"))
     arguments.add_argument("--epochs", type=int, default=10)
     arguments.add_argument("--passages", type=int, default=1300)
-    arguments.add_argument("--questions", type=int, default=12, help="of each kind")
+    arguments.add_argument("--questions", type=int, default=36, help="of each kind")
     given = arguments.parse_args()
     folder = given.out / "example"
     documents = library_passages(given.passages) + statements()
@@ -149,6 +147,9 @@ def main() -> None:
     }
     run = run_all(load_config(None, config))
     print(f"{len(run.store):,} training sequences, {run.coverage.share:.0%} of {run.coverage.total:,} parameters attributed")
+    shown = questions()[0]
+    for sequence in run.query(shown.prompt, shown.completion, k=3).sequences:
+        print(f"{shown.prompt}{shown.completion}: {sequence.score:+.3f} nats, {sequence.id}: {sequence.text[:100]!r}")
     for kind in ("ordinary", "swapped"):
         asked = [one for one in questions() if one.kind == kind][: given.questions]
         for name, found in ask(run, asked).items():

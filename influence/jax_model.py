@@ -109,9 +109,9 @@ def _read_parameters(directory: Path) -> dict[str, Any]:
             return load_file(directory / PARAMETERS)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise RequestError(f"{directory / PARAMETERS} cannot be read: {_first_line(error)}") from None
-    places = [place for place in (directory, *sorted(directory.iterdir())) if (place / "_METADATA").is_file()]
+    places = sorted(path.parent for path in directory.rglob("_METADATA"))
     if len(places) != 1:
-        raise RequestError(f"{directory} holds neither {PARAMETERS} nor one Orbax checkpoint (found {len(places)})")
+        raise RequestError(f"{directory} holds neither {PARAMETERS} nor one Orbax checkpoint (found {len(places)}): one step is wanted")
     return _from_orbax(places[0])
 
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import torch
+from flax import nnx
 from transformers import GPT2Config, GPT2LMHeadModel
 
 WIDTH, HEADS, POSITIONS, VOCABULARY = 12, 3, 20, 37
@@ -144,3 +145,20 @@ def stacked(parameters: dict[str, Any], num_layers: int = 2) -> dict[str, Any]:
             rest = name.removeprefix(first)
             found[f"transformer.h.{rest}"] = jnp.stack([parameters[f"transformer.h.{layer}.{rest}"] for layer in range(num_layers)])
     return found
+
+
+class SmallNnx(nnx.Module):
+    def __init__(self, width: int) -> None:
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(VOCABULARY, width, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, tokens: Any) -> Any:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + jnp.tanh(block(x))
+        return self.embed.attend(x)
+
+
+def nnx_small(settings: dict[str, Any]) -> Any:
+    return SmallNnx(settings["width"]), lambda module, tokens: module(tokens)

@@ -250,7 +250,7 @@ def test_a_plain_function_with_marked_layers_is_fitted() -> None:
     values = {name: jnp.asarray(value.detach().numpy()) for name, value in names.items()}
 
     def apply(parameters: Any, inputs: Any) -> Any:
-        hidden = jnp.tanh(dense(inputs, parameters["up.kernel"], parameters["up.bias"], layer="up"))
+        hidden = jnp.tanh(jax.jit(lambda x: dense(x, parameters["up.kernel"], parameters["up.bias"], layer="up"))(inputs))
         return dense(hidden, parameters["down.kernel"], parameters["down.bias"], layer="down")
 
     inputs, targets = torch.randn(5, 4, 3, dtype=torch.float64), torch.randn(5, 4, 2, dtype=torch.float64)
@@ -268,14 +268,25 @@ def test_a_plain_function_with_marked_layers_is_fitted() -> None:
         assert torch.allclose(factors[name].eigenvalues, expected[place].eigenvalues, rtol=1e-9, atol=1e-12)
 
 
-def test_batches_of_many_shapes_are_few_compilations() -> None:
-    table, weight = jnp.ones((VOCABULARY, 3)), jnp.ones((3, 3))
-
+def small_model(dtype: Any) -> JaxModel:
     def apply(parameters: Any, tokens: Any) -> Any:
         x = lookup(tokens, parameters["embed.embedding"], layer="embed")
         return head(dense(x, parameters["inner.kernel"], layer="inner"), parameters["embed.embedding"], layer="embed")
 
-    model = JaxModel(apply, {"embed.embedding": table, "inner.kernel": weight})
+    table, weight = (jax.random.normal(jax.random.key(rows), (rows, 3)).astype(dtype) for rows in (VOCABULARY, 3))
+    return JaxModel(apply, {"embed.embedding": table, "inner.kernel": weight})
+
+
+def test_a_model_in_bfloat16_has_records_in_float32() -> None:
+    """Gradients to a few of bfloat16's 8 bits, of the largest."""
+    exact, coarse = (captured_gradients(small_model(dtype), batch()) for dtype in (jnp.float64, jnp.bfloat16))
+    for name, gradient in coarse.items():
+        assert gradient.dtype == torch.float32
+        assert torch.allclose(gradient.double(), exact[name], atol=0.03 * float(exact[name].abs().max()))
+
+
+def test_batches_of_many_shapes_are_few_compilations() -> None:
+    model = small_model(jnp.float64)
     layers = attributable_layers(model, run_once).layers
     assert [layer.name for layer in layers] == ["embed", "inner"]
     for sequences, length in ((4, 9), (3, 12), (4, 16), (4, 11), (3, 15), (4, 10)):

@@ -14,14 +14,18 @@ import optax
 import orbax.checkpoint as orbax
 import pytest
 import torch
+from flax import nnx
 from flax.traverse_util import unflatten_dict
-from flax_twins import Twin, flax_parameters, stacked, torch_twin
+from flax_twins import Twin, flax_parameters, nnx_small, stacked, torch_twin
 from small_run import Influence, World, run_pipeline, small_world, write_yaml
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from ekfac import attributable_layers
 from ekfac.flax_linen import linen_model
-from influence.jax_model import CODE_VARIABLE, save_flax_model, save_optax_state
+from influence.config import ModelConfig
+from influence.errors import RequestError
+from influence.jax_model import CODE_VARIABLE, load_flax, save_flax_model, save_optax_state
+from influence.model import find_layers
 from influence.optimizer_state import OptimizerState, read_optimizer_state
 from influence.run import Run
 
@@ -93,6 +97,19 @@ def test_refined_answers_and_functions_are_those_of_the_torch_run(twin_run: Run,
 
     found, wanted = (run.query_function(margin, "Lima lies on the", " Rímac", k=5, exact=True) for run in (twin_run, Run(finished)))
     assert [one.id for one in found.sequences] == [one.id for one in wanted.sequences]
+
+
+def test_an_nnx_module_gets_the_parameters_that_were_saved(tmp_path: Path) -> None:
+    module, _ = nnx_small({"width": 4})
+    nnx.update(module, jax.tree.map(lambda value: value + 0.5, nnx.state(module, nnx.Param)))
+    place = save_flax_model(tmp_path / "model", module, {"width": 4})
+    config = ModelConfig(name=str(place), flax=CODE.replace("linen_twin", "nnx_small"))
+    model, tokens = load_flax(config), np.arange(6)[None]
+    np.testing.assert_allclose(model(input_ids=torch.from_numpy(tokens)).logits, module(tokens), atol=1e-5)
+    assert {layer.name for layer in find_layers(model, ["blocks.*"]).layers} == {"blocks.0", "blocks.1"}
+    save_flax_model(place, module, {"width": 5})
+    with pytest.raises(RequestError, match=r"the checkpoint has \(4,\) as blocks.0.bias, but .* makes \(5,\)"):
+        load_flax(config)
 
 
 def test_an_orbax_checkpoint_is_the_same_model(twin_run: Run, twin_world: World, tmp_path: Path) -> None:

@@ -49,11 +49,11 @@ def test_relative_model_and_data_travel_and_are_the_same_there(
 
 
 def test_the_code_of_a_flax_model_travels(here: Path, world: World, luggage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match=r"no file mine\.py for model\.flax"):
+        pack(configured(world, model={"name": "model", "flax": "mine.py:build"}), luggage)
     (here / "mine.py").write_text("def build(settings): ...")
     pack(configured(world, model={"name": "model", "flax": "mine.py:build"}, data={"files": ["./train.jsonl"]}), luggage)
     assert unpacked(luggage, monkeypatch).model.flax == f"{(luggage / 'code' / 'mine.py').resolve()}:build"
-    with pytest.raises(RequestError, match=r"no file theirs\.py for model\.flax"):
-        pack(configured(world, model={"name": "model", "flax": "theirs.py:build"}), luggage)
 
 
 def test_globs_travel_as_their_files_in_order(here: Path, world: World, luggage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
