@@ -1,5 +1,6 @@
 """What acting on the sequences that come first changed, by retraining without them or by a step on them: as JSON, table and plot."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,11 @@ class ChangesOutcome:
     def print(self, console: Console) -> None:
         first = self.changes[0].method
         far = {change.k: change.as_far_as for change in self.changes if change.method == first}
-        table = Table("sequences", "chosen by", "change, nats", "95%", f"{first} moves it", "95%")
+        table = Table("sequences", "chosen by", "change, nats", "95%", f"{first}, times as far", "95%")
         for change in self.changes:
             size = f"{change.k} ({change.k / len(self.run.store):.1%})" if change.method == first else ""
             times = far[change.k].get(change.method)
-            row = ["", ""] if times is None else [f"{times.value:.1f} times as far", _interval(times, ".1f")]
+            row = ["", ""] if times is None else [f"{times.value:.1f}", _interval(times, ".1f")]
             table.add_row(size, change.method, f"{change.mean.value:+.3f}", _interval(change.mean, "+.3f"), *row)
         console.print(table)
         for line in self.notes:
@@ -80,4 +81,7 @@ class ChangesOutcome:
 
 
 def _interval(estimate: Estimate, form: str) -> str:
-    return "not bounded" if estimate.interval is None else f"{estimate.interval[0]:{form}} … {estimate.interval[1]:{form}}"
+    if estimate.interval is None:
+        return ""
+    low, high = estimate.interval
+    return f"{low:{form}} … {high:{form}}" if math.isfinite(high) else f"at least {low:{form}}"

@@ -248,8 +248,11 @@ def test_halves_are_halves_and_do_not_depend_on_each_other_or_on_the_order() -> 
 
 
 def test_fine_tuning_is_the_plain_loop_with_adamw(run: Run) -> None:
-    """Against a loop written out with Hugging Face's own loss and torch's schedule, one sequence a batch, so that no padding is needed."""
-    base = model(320, seed=1)
+    """Against a loop written out with Hugging Face's own loss and torch's schedule, one sequence a batch, so that no padding is needed.
+
+    In float64: a key's bias has no gradient but rounding, which Adam would divide by its own size.
+    """
+    base = model(320, seed=1).double()
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -262,7 +265,7 @@ def test_fine_tuning_is_the_plain_loop_with_adamw(run: Run) -> None:
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     assert not found.training
 
-    generator, other = torch.Generator().manual_seed(5), model(320, seed=1)
+    generator, other = torch.Generator().manual_seed(5), model(320, seed=1).double()
     optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.1)
     shares = [1 / 3, 2 / 3, 1, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shares[min(step, 11)])
@@ -274,7 +277,7 @@ def test_fine_tuning_is_the_plain_loop_with_adamw(run: Run) -> None:
             optimizer.step()
             scheduler.step()
     for (name, one), two in zip(found.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5, msg=name)  # Adam divides by √v, which amplifies rounding at first
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8, msg=name)
 
 
 def test_seed_governs_the_training(run: Run, asked: Asked) -> None:
@@ -358,7 +361,7 @@ def test_damaged_unit_is_refused_by_its_name(influence: Influence, copy: Path, b
 
 
 def wait_for(pattern: str, place: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not any(place.glob(pattern)):
         assert process.poll() is None, f"the command ended before {pattern} appeared"
         assert time.monotonic() < deadline, f"{pattern} did not appear"

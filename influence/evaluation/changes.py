@@ -24,7 +24,7 @@ class Change:
     k: int
     per_query: NDArray[np.float64]  # [Q]
     mean: Estimate
-    as_far_as: dict[str, Estimate]  # by another method: how many times as far as acting on its k moved f
+    as_far_as: dict[str, Estimate]  # by another method: how many times as far this moved f as acting on its k, whichever way
 
     def to_json(self) -> dict[str, Any]:
         return {

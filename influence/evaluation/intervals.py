@@ -1,5 +1,6 @@
 """Means and ratios over queries with their bootstrap intervals. Knows arrays only. Legend: Q queries, B resamples."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,15 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number and its 95% interval; None where the sample does not bound it."""
+    """A number and its 95% interval, whose end is infinity where nothing bounds it; None where one query alone was asked."""
 
     value: float
     interval: Interval | None
 
     def to_json(self) -> dict[str, Any]:
-        return {"value": self.value, "interval": None if self.interval is None else list(self.interval)}
+        """An end that is not there is null: JSON has no infinity."""
+        ends = None if self.interval is None else [end if math.isfinite(end) else None for end in self.interval]
+        return {"value": self.value, "interval": ends}
 
 
 def resamples(num: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
@@ -42,18 +45,18 @@ def mean(values: NDArray[np.float64]) -> Estimate:
 
 
 def ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> Estimate | None:
-    """mean(above) / mean(below), both [Q] of the same queries, resampled together.
+    """|mean(above)| / |mean(below)|, both [Q] of the same queries, resampled together; None where the mean below is zero.
 
-    Without an interval where more than 2.5% of the resampled means below have another sign than the mean itself: the ratio is then not bounded. None
-    where the mean below is zero.
+    Without an upper bound where more than 2.5% of the resampled means below have another sign than the mean itself: it may be zero.
     """
     value = float(below.mean())
     if value == 0:
         return None
+    found = abs(float(above.mean()) / value)
+    if len(below) < 2:
+        return Estimate(value=found, interval=None)
     drawn = resamples(len(below))
     tops, bottoms = above[drawn].mean(1), below[drawn].mean(1)
-    same = bottoms * np.sign(value) > 0
-    found = float(above.mean()) / value
-    if len(below) < 2 or float(same.mean()) < (1 + CONFIDENCE) / 2:
-        return Estimate(value=found, interval=None)
-    return Estimate(value=found, interval=central(tops[same] / bottoms[same]))
+    low, high = central(np.abs(tops) / np.maximum(np.abs(bottoms), np.finfo(float).tiny))
+    bounded = float((bottoms * np.sign(value) > 0).mean()) >= (1 + CONFIDENCE) / 2
+    return Estimate(value=found, interval=(low, high if bounded else math.inf))
