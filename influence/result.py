@@ -112,10 +112,10 @@ class InfluenceResult:
 
     def report(self) -> Report:
         """Its page, JSON and tables. `Run.report_queries` shows both ends of the ranking, and several queries."""
-        asked = self.query.get("completion") or "query"
-        return query_report(
-            [self.to_json()], run=str(self.provenance.get("run", "")).rpartition("/")[2], title=f"Influence on “{asked.strip()}”"
-        )
+        answer, asked = self.to_json(), self.query.get("completion") or "query"
+        if self.sequences and self.sequences[0].score < 0:  # the first of proponents is negative only where every sequence hurt
+            answer |= {"results": [], "opponents": answer["results"]}
+        return query_report([answer], run=str(self.provenance.get("run", "")).rpartition("/")[2], title=f"Influence on “{asked.strip()}”")
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""

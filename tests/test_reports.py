@@ -216,6 +216,9 @@ def test_one_result_is_a_report(run: Run) -> None:
     assert "set" not in report.to_json()
     assert report.title == "Influence on “the Tagus”"
     assert report._repr_html_().count("<tr") == 4
+    against = run.query(*QUESTIONS[0], k=3, opponents=True).report()
+    assert set(against.to_pandas()["side"]) == {"hurt"}
+    assert against.to_html()
 
 
 # --- tables ---

@@ -45,7 +45,8 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A curve of (x, y), from left to right; `mark` is a point on it, `strength` how dark it is, `style` a class of the style sheet."""
+    """A curve of (x, y), from left to right; `mark` is a point on it, `strength`, up to 1, how strongly it is drawn, `style` its class in the style
+    sheet."""
 
     name: str
     points: Sequence[tuple[float, float]]

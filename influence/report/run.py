@@ -186,7 +186,7 @@ def _at_damping(layer: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _spectra(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A chart for each kind of layer: a curve for each layer, the deeper the darker."""
+    """A chart for each kind of layer: a curve for each layer, the deeper the stronger."""
     found = []
     for kind in dict.fromkeys(layer["kind"] for layer in layers):
         of_kind = [layer for layer in layers if layer["kind"] == kind]
