@@ -144,6 +144,10 @@ def test_an_answer_shows_both_ends_and_what_shares_its_words(visit: Visit) -> No
     first = visit.column("Made it more likely").locator("li").first
     assert "".join(token for token, _ in result["results"][0]["tokens"]) == first.locator(".text").evaluate("p => p.textContent")
     assert first.get_by_role("img").get_attribute("aria-label").startswith("By layer")
+    pieces = [one for one in result["results"] if one["documents"][0]["windows"] > 1]
+    piece = pieces[0]["documents"][0]
+    header = visit.column("Made it more likely").locator(f"[data-id='{pieces[0]['id']}'] header").inner_text()
+    assert f"{piece['id']}, characters {piece['span'][0]}–{piece['span'][1]}, part {piece['window']} of {piece['windows']}" in header
     duplicates = [one for one in result["results"] if one["duplicates"]]
     assert duplicates
     folded = visit.column("Made it more likely").locator(f"[data-id='{duplicates[0]['id']}'] details")

@@ -218,6 +218,7 @@ def test_sequences_and_layers_are_told(http: httpx.Client, run: Path) -> None:
     opened = open_run(run)
     sequence = http.get("/v1/runs/small/sequences/doc-00:0").json()
     assert sequence["text"] == opened.store[0].text
+    assert sequence["documents"] == [part.to_json() for part in opened.store[0].parts]
     assert sequence["sequences_of_document"] == [name for name in opened.store.ids if name.startswith("doc-00")]
     report = http.get("/v1/runs/small/layers").json()
     assert [layer["name"] for layer in report["layers"]] == [layer.name for layer in opened.coverage.layers]
