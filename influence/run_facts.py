@@ -122,14 +122,14 @@ def spectrum(eigenvalues: torch.Tensor, damping: float) -> dict[str, Any]:
     `curve` holds [value, how many eigenvalues are at least that large], from the largest down by fifths of a power of ten, over twelve powers.
     `axes_below_damping` is the share of eigenvalues, `curvature_below_damping` the share of their sum, that belongs to those below λ.
     """
-    values = eigenvalues.flatten().double()
-    largest, total = float(values.max()), float(values.sum())
+    values = eigenvalues.flatten()
+    largest, total = float(values.max()), float(values.sum(dtype=torch.float64))
     below = values < damping
     curve: list[list[float]] = []
     if largest > 0:
-        edges = largest * 10 ** (-torch.arange(STEPS_A_DECADE * DECADES, -1, -1, dtype=torch.float64) / STEPS_A_DECADE)
+        edges = (largest * 10 ** (-torch.arange(STEPS_A_DECADE * DECADES, -1, -1, dtype=torch.float64) / STEPS_A_DECADE)).to(values.dtype)
         edges[-1] = largest  # the power of zero is one, whatever rounding says
-        bins = torch.bincount(torch.bucketize(values, edges, right=True), minlength=len(edges) + 1)[1:]
+        bins = torch.bincount(torch.bucketize(values, edges, right=True, out_int32=True), minlength=len(edges) + 1)[1:]
         counts = bins.flip(0).cumsum(0)
         curve = [[float(edge), int(count)] for edge, count in zip(edges.flip(0), counts, strict=True)]
     return {
@@ -138,7 +138,7 @@ def spectrum(eigenvalues: torch.Tensor, damping: float) -> dict[str, Any]:
         "largest": largest,
         "mean": total / values.numel(),
         "axes_below_damping": float(below.double().mean()),
-        "curvature_below_damping": float(values[below].sum()) / total if total > 0 else 0.0,
+        "curvature_below_damping": float(values[below].sum(dtype=torch.float64)) / total if total > 0 else 0.0,
         "curve": curve,
     }
 

@@ -60,11 +60,12 @@ def strange(world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
 # --- a run ---
 
 
-def test_spectrum_counts_and_shares_are_those_of_sorting_every_eigenvalue() -> None:
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_spectrum_counts_and_shares_are_those_of_sorting_every_eigenvalue(dtype: type) -> None:
     draw = np.random.default_rng(0)
-    values = np.concatenate([10.0 ** draw.uniform(-9, 2, 500), np.zeros(7), [100.0]])
+    values = np.concatenate([10.0 ** draw.uniform(-9, 2, 500), np.zeros(7), [100.0]]).astype(dtype).astype(np.float64)
     for damping in (0.0, 1e-4, 3.0, 1e6):
-        found = spectrum(torch.from_numpy(values).reshape(4, 127), damping)
+        found = spectrum(torch.from_numpy(values.astype(dtype)).reshape(4, 127), damping)
         assert (found["axes"], found["zero"], found["largest"]) == (508, 7, 100.0)
         assert all(count == (values >= value).sum() for value, count in found["curve"])
         assert found["axes_below_damping"] == pytest.approx((values < damping).mean())
