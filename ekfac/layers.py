@@ -12,8 +12,9 @@ made-up values.
 import copy
 import fnmatch
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -475,7 +476,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for parameter, _ in gradients:
             parameter.requires_grad_(False)
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.compiler.set_stance("force_eager"):
+        # Nothing is compiled before torch._dynamo is loaded, which takes seconds.
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
