@@ -79,16 +79,24 @@ EXPLAINED = (
 
 
 def recall_table(title: str, methods: Mapping[str, Recall]) -> Table:
-    table = Table("ranking by", "first", "95%", "MRR", "95%", "of the top n", "median rank", "opposed", title=title, title_justify="left")
+    table = Table("ranking by", "first", "MRR", "top n", "rank", "opposed", title=title, title_justify="left")
     for name, found in methods.items():
-        cells = [f"{found.first.value:.0%}", _interval(found.first, ".0%"), f"{found.reciprocal_rank.value:.3f}"]
-        cells += [_interval(found.reciprocal_rank, ".3f"), f"{found.top_n.value:.0%}", f"{found.median_rank:.0f}"]
+        cells = [
+            f"{found.first.value:.0%}{_interval(found.first, 100, 0)}",
+            f"{found.reciprocal_rank.value:.3f}{_interval(found.reciprocal_rank, 1, 2)}",
+        ]
+        cells += [f"{found.top_n.value:.0%}", f"{found.median_rank:.0f}"]
         table.add_row(name, *cells, "" if found.opposed is None else f"{found.opposed.value:.0%}")
     return table
 
 
-def _interval(estimate: Estimate, form: str) -> str:
-    return "" if estimate.interval is None else f"{estimate.interval[0]:{form}} – {estimate.interval[1]:{form}}"
+def _interval(estimate: Estimate, unit: float, digits: int) -> str:
+    """Short, so that a table of these fits 80 columns."""
+    return (
+        ""
+        if estimate.interval is None
+        else " ({}–{})".format(*(f"{unit * end:.{digits}f}".removeprefix("0") or "0" for end in estimate.interval))
+    )
 
 
 def _ends(estimate: Estimate) -> tuple[float, float]:

@@ -366,7 +366,11 @@ BROKEN = [
     ("a.csv", b"id,text\n1,\xff\n", "a.csv is not valid csv: 'utf-8' codec can't decode"),
     ("a.csv", b"id,words\n1,x\n", "a.csv, row 0: no column 'text'; there are: id, words"),
     ("a.csv.gz", b"garbage", "a.csv.gz is not valid csv: Not a gzipped file"),
-    ("a.csv.gz", gzip.compress(b"id,text\n" + bytes(range(48, 90)) * 50, mtime=0)[:-12], "a.csv.gz is not valid csv: Compressed file ended"),
+    (
+        "a.csv.gz",
+        gzip.compress(b"id,text\n" + bytes(range(48, 90)) * 50, mtime=0)[:-12],
+        "a.csv.gz is not valid csv: Compressed file ended",
+    ),
     ("a.jsonl", b'{"text": "\xff"}', "a.jsonl cannot be read as text: 'utf-8' codec can't decode"),
     ("a.jsonl.gz", b"garbage", "a.jsonl.gz cannot be read as text: Not a gzipped file"),
     ("a.txt", b"\xff\xfe", "a.txt cannot be read as text: 'utf-8' codec can't decode"),
