@@ -368,6 +368,7 @@ def wait_for(pattern: str, place: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.0005)
 
 
+@pytest.mark.slow
 def test_killed_retraining_goes_on_to_the_same_bank(influence: Influence, copy: Path, finished: Path, base: Path, queries: Path) -> None:
     words = ("--queries", queries, "--json", "--retrain", "--base", base, "--method", "bm25", "--subsets", 4, "--seeds", 1)
     process = command("evaluate", copy, "lds", *words)

@@ -76,7 +76,7 @@ def test_parameters_and_vectors_are_two_forms_of_the_same(architecture: str) -> 
     assert all(torch.equal(back[name], parameter) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("damping", [1e-2, 1.0])
+@pytest.mark.parametrize("damping", [pytest.param(1e-2, marks=pytest.mark.slow), 1.0])
 def test_conjugate_gradients_solve_the_damped_system_for_all_queries_at_once(damping: float) -> None:
     model, batch = tiny_model("gpt2"), padded_batch(lengths=(5, 4), num_positions=5)
     factors, coverage = fit(model, [batch])

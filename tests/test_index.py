@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import padded_batch, tiny_model
+from conftest import ARCHITECTURES, padded_batch, tiny_model
 
 from ekfac import LayerFactors, SequenceBatch, attributable_layers, capture, fit, sequence_gradients, true_label_loss
 from indexing import (
@@ -341,6 +341,9 @@ def test_more_layers_than_buckets_is_refused() -> None:
         feature_spec(layers, {layer.name: 1.0 for layer in layers}, 3, seed=0)
 
 
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("gpt2", "llama"))) for name in ARCHITECTURES]
+)
 def test_rows_without_spreading_give_exact_damped_influence(architecture: str) -> None:
     model, batch = tiny_model(architecture), padded_batch(lengths=(7, 4, 5, 7))
     factors, coverage = fit(model, [batch])

@@ -222,6 +222,7 @@ class Nnx(nnx.Module):
         return self.embed.attend(self.last(x))
 
 
+@pytest.mark.slow
 def test_nnx_layers_have_their_exact_gradients_and_the_module_is_untouched() -> None:
     module = Nnx(nnx.Rngs(0))
     nnx.update(module, perturbed(nnx.state(module, nnx.Param)))

@@ -247,7 +247,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [pytest.param(name, marks=[pytest.mark.slow] * (name != "truncated")) for name in DAMAGES])
 def test_damaged_object_is_refused_by_name_and_leaves_nothing_in_the_cache(
     damage: str, stored: str, store: ObjectStore, influence: Influence, other_machine: Callable[[], None], cache: Path
 ) -> None:

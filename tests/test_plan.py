@@ -90,6 +90,7 @@ def peak_bytes(process: subprocess.Popen[str]) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_run(influence: Influence, world: World, tmp_path: Path) -> None:
     """Nearly all of it is the interpreter's and the libraries', which the plan knows as a constant."""
     found = planned(influence, world, tmp_path)

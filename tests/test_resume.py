@@ -29,7 +29,7 @@ from small_run import (
 
 from influence.errors import RequestError
 from influence.run import Run
-from influence.run_directory import STAGES, RunDirectory
+from influence.run_directory import FORMAT, STAGES, RunDirectory
 from jobs import stages
 
 PROMPT, COMPLETION = "Lisbon lies on", " the Tagus."
@@ -272,8 +272,8 @@ def test_settings_may_change_until_something_was_made_with_them(world: World, fi
     [
         ('{"format": 99}', "has run-directory format 99, this version reads format"),
         ("[]", "has run-directory format None"),
-        ('{"format": 5}', "run.json is damaged: it has no settings"),
-        ('{"format": 5, "sett', "run.json is damaged: it is not JSON"),
+        (f'{{"format": {FORMAT}}}', "run.json is damaged: it has no settings"),
+        (f'{{"format": {FORMAT}, "sett', "run.json is damaged: it is not JSON"),
     ],
 )
 def test_run_directory_of_another_format_is_refused(text: str, message: str, world: World, copy: Path) -> None:
