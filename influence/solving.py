@@ -142,6 +142,16 @@ def check_refinable(run: "Run") -> None:
         )
 
 
+def check_movable(run: "Run") -> None:
+    """Raises RequestError when the model's parameters cannot be moved and the model run again: those of JAX, in few bits, or on several devices."""
+    config = run.model_config
+    found = "in JAX" if config.flax else f"quantized to {config.quantize}" if config.quantize else None
+    if found is None and run.language_model.is_divided:
+        found = "on several devices"
+    if found is not None:
+        raise RequestError(f"this moves a model's parameters and runs it again, and the model of {run.directory} is {found}")
+
+
 def in_groups(measurements: Sequence[Measurement], run: "Run", refine: RefineOptions | None) -> list[Sequence[Measurement]]:
     """The measurements, as many at a time as have vectors that fit into memory beside the model, the factors and a batch."""
     copies = 10 if refine else 1  # of a solver: iterate, residual, direction, and products as parameters and as vectors

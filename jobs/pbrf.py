@@ -24,7 +24,7 @@ from influence.measurement import Measurement
 from influence.refinement import RefineOptions
 from influence.run import Run
 from influence.run_directory import digest, write_file, write_json
-from influence.solving import check_refinable
+from influence.solving import check_movable, check_refinable
 from jobs.answers import Asked
 from jobs.scoring import Tables, score_tables
 from jobs.units import do_missing
@@ -163,6 +163,7 @@ def measure_pbrf(
     out: Path,
 ) -> PbrfOutcome:
     """Solves what is missing of the responses; the mean divergence is over the sequences that refined answers average the Hessian over."""
+    check_movable(run)
     check_refinable(run)
     if len(run.training) < num_copies or num_copies < 3:
         raise RequestError(

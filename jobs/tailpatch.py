@@ -5,6 +5,7 @@ from pathlib import Path
 
 from influence.evaluation.tailpatch import tail_patches
 from influence.run import Run
+from influence.solving import check_movable
 from jobs.answers import Asked
 from jobs.changes import ChangesOutcome
 from jobs.progress import bar
@@ -15,6 +16,7 @@ def measure_tailpatch(
     run: Run, asked: Asked, tables: Tables, sizes: Sequence[int], step_size: float, num_random: int, out: Path
 ) -> ChangesOutcome:
     """A step of plain gradient descent on every set, each from the run's own model."""
+    check_movable(run)
     measurements = [measurement for _, measurement in asked]
     with bar("steps of training") as progress:
         found = tail_patches(run.language_model.model, run.store, measurements, tables, sizes, step_size, num_random, progress.advance)

@@ -28,6 +28,7 @@ from influence.jax_model import CODE_VARIABLE, load_flax, save_flax_model, save_
 from influence.model import find_layers
 from influence.optimizer_state import OptimizerState, read_optimizer_state
 from influence.run import Run
+from influence.solving import check_movable
 
 CODE = f"{Path(__file__).parent / 'flax_twins.py'}:linen_twin"
 
@@ -158,6 +159,11 @@ def test_code_that_only_a_run_names_is_not_imported(twin_run: Run, influence: In
     influence("query", run, "Oslo lies on the", " Aker").says(f"is made by code, {CODE}: where you trust it, set {CODE_VARIABLE}={CODE}")
     monkeypatch.setenv(CODE_VARIABLE, f"other:thing,{CODE}")
     assert Run(run).language_model.model is not None
+
+
+def test_what_moves_parameters_is_refused_for_a_flax_model(twin_run: Run) -> None:
+    with pytest.raises(RequestError, match="is in JAX"):
+        check_movable(twin_run)
 
 
 def test_a_flax_model_that_does_not_fit_is_refused_in_a_line(twin_world: World, influence: Influence, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,20 @@ def test_scores_predict_the_proximal_bregman_response(case: str) -> None:
     refined = scan(attributed, solution.vectors, [sequences[n] for n in chosen])[0] / N
     assert pearsonr(refined, changes).statistic > 0.95
     assert 0.7 < float(refined @ changes / (refined @ refined)) < 1.3
+
+
+def test_a_weight_of_two_is_two_sequences() -> None:
+    """Two thirds of the one objective are the other, so both have the same minimum."""
+    model, sequences = tiny_model("gpt2").double(), markov_sequences()
+    factors, coverage = fit(model, [collate(sequences[:20], CPU)], layers=["*.h.1.mlp.c_proj"], damping=Damping(value=1.0))
+    asked = [Measurement(prompt="", completion="", contrast=None, parts=((1.0, sequences[-1]),))]
+    changes = []
+    for others, scale in (([sequences[0], replace(sequences[1], weight=2.0)], 1.0), ([sequences[0], sequences[1], sequences[1]], 2 / 3)):
+        damping = {name: scale * factor.damping for name, factor in factors.items()}
+        problem = in_float64(model, coverage.layers, factors, damping, others, round(20 / scale))
+        changes.append(solve(problem, sequences[2], asked).changes)
+    assert abs(changes[0]) > 1e-6
+    np.testing.assert_allclose(changes[0], changes[1], rtol=1e-2)  # as near to the minimum as the solver goes
 
 
 def test_agreement_is_the_mean_of_the_queries_correlations() -> None:

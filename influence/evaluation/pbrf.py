@@ -2,10 +2,11 @@
 
 One more copy of a sequence z in a training set of N moves the parameters of the attributed layers to the minimum of
 
-    mean over sequences of KL(p ‖ p_θ) + ½ Σ D (θ - θ₀)² + (1/N) L(z, θ),
+    mean over sequences of w KL(p ‖ p_θ) + ½ Σ D (θ - θ₀)² + (1/N) w L(z, θ),
 
-p being the model's own predictions at θ₀ (for a softmax the Bregman divergence of the cross-entropy is this KL divergence) and D the damping.
-What that does to a query is what a score predicts. Values to values, in float64; knows nothing of files. Legend: Q queries, C copied sequences.
+p being the model's own predictions at θ₀ (for a softmax the Bregman divergence of the cross-entropy is this KL divergence), D the damping,
+and w the sequences' weights. What that does to a query is what a score predicts. Values to values, in float64; knows nothing of files.
+Legend: Q queries, C copied sequences.
 """
 
 import copy
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ekfac import Layer, LayerFactors, SequenceBatch, as_parameters
+from ekfac import Layer, LayerFactors, SequenceBatch, as_parameters, at_each_counted
 from influence.batches import collate
 from influence.evaluation.intervals import Estimate, central, resamples
 from influence.evaluation.lds import spearman
@@ -132,10 +133,10 @@ def _with_gradients(problem: Problem, copied: TrainingSequence, places: Mapping[
             with torch.no_grad():
                 before = _log_predictions(problem.model, {}, batch)
             now = _log_predictions(problem.model, parameters, batch)
-            yield (before.exp() * (before - now)).sum() / len(problem.sequences)
+            yield _weighted((before.exp() * (before - now)).sum(1), batch) / len(problem.sequences)
         batch = collate([copied], device)
         now = _log_predictions(problem.model, parameters, batch)
-        yield -now.gather(1, batch.tokens[batch.counted][:, None]).sum() / problem.num_training
+        yield -_weighted(now.gather(1, batch.tokens[batch.counted][:, None])[:, 0], batch) / problem.num_training
         yield torch.stack([(problem.damping[name] / 2 * move.square()).sum() for name, move in cut.items()]).sum()
 
     value = 0.0
@@ -148,9 +149,14 @@ def _with_gradients(problem: Problem, copied: TrainingSequence, places: Mapping[
 
 def _log_predictions(model: nn.Module, parameters: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
     """[M, V]: the log-probabilities of every token where a counted one is predicted."""
-    output = functional_call(model, dict(parameters), kwargs={"input_ids": batch.tokens, "use_cache": False})
+    output = functional_call(model, dict(parameters), kwargs=batch.inputs)
     predicted: Tensor = output.logits[:, :-1][batch.counted[:, 1:]]
     return predicted.log_softmax(-1)
+
+
+def _weighted(values: Tensor, batch: SequenceBatch) -> Tensor:
+    """The sum over counted tokens of values [M], each times its sequence's weight."""
+    return (values if batch.weights is None else values * at_each_counted(batch.weights, batch).to(values)).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
