@@ -107,6 +107,7 @@ def test_twins_have_the_same_layers_factors_and_gradients(layout: str) -> None:
         assert torch.allclose(mine.precondition(vector), solved, atol=1e-9 * float(solved.abs().max())), layer.name
 
 
+@pytest.mark.slow
 def test_twins_have_the_same_exact_curvature_and_token_shares() -> None:
     model, other, some = twin("scanned"), torch_twin(), batch()
     layers, others = attributable_layers(model, run_once).layers, attributable_layers(other, run_once).layers
@@ -164,6 +165,7 @@ def perturbed(tree: Any) -> Any:
     return structure.unflatten([leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)])
 
 
+@pytest.mark.slow
 def test_linen_layers_of_many_kinds_have_their_exact_gradients() -> None:
     """Against `jax.grad`, sequence by sequence without padding, to the rounding of float64."""
     model = linen_model(Other(), perturbed(jax.jit(Other().init)(jax.random.key(0), jnp.zeros((1, 4), int))))
