@@ -46,6 +46,7 @@ from influence.chat import check_template
 from influence.config import Config
 from influence.documents import data_fingerprint, read_documents
 from influence.errors import RequestError
+from influence.evaluation.fidelity import rows_of_queries
 from influence.fidelity import DEPTHS, Fidelity, end_fidelity, end_name, rank_correlation
 from influence.lexical import write_lexical
 from influence.measurement import Measurement
@@ -299,10 +300,10 @@ def sample_queries(run: Run) -> list[tuple[int, Measurement]]:
     return chosen
 
 
-def _solved(run: Run, *, rows: bool) -> Iterator[Solved]:
+def _solved(run: Run) -> Iterator[Solved]:
     """The sample queries' vectors, as many at a time as fit into memory."""
     for group in in_groups([measurement for _, measurement in sample_queries(run)], run, None):
-        yield solved(run, run.attributed, group, None, rows=rows)
+        yield solved(run, run.attributed, group, None)
 
 
 def _scan_units(run: Run) -> Sequence[str]:
@@ -319,7 +320,7 @@ def _scan(run: Run, _: Config, unit: str) -> Write:
     shards = _shards_of(run, _scan_units(run), unit)
     starts = run.training.starts - run.training.starts[shards[0]]
     parts = []
-    for found in _solved(run, rows=False):
+    for found in _solved(run):
         scores = np.zeros((len(found.log_probabilities), int(starts[shards[-1] + 1])))
         for attributed, vectors in found.vectors:
             for shard in shards:
@@ -341,7 +342,7 @@ def _fidelity(run: Run, _: Config, unit: str) -> Write:
     run.directory.bring("scans", scans)
     exact = np.concatenate([np.load(run.path_of("scans", unit) / "scores.npy", allow_pickle=False) for unit in scans], axis=1)
     exact[np.arange(len(queries)), [number for number, _ in queries]] = -np.inf
-    rows = np.concatenate([found.rows for found in _solved(run, rows=True) if found.rows is not None])
+    rows = rows_of_queries(run, [measurement for _, measurement in queries], run.features)
     trained = np.arange(len(run.store)) < len(run.training) if run.appended else None
     ends = {}
     for normalized, index in ((False, run.index), (True, run.normalized_index)):

@@ -105,7 +105,7 @@ def _exact(
     return np.concatenate(exact), np.concatenate(dots)
 
 
-def _query_rows(run: Run, measurements: Sequence[Measurement], spec: FeatureSpec) -> NDArray[np.float32]:
+def rows_of_queries(run: Run, measurements: Sequence[Measurement], spec: FeatureSpec) -> NDArray[np.float32]:
     """[Q, D]; the gradients are computed again for every size, because those of all queries together may not fit into memory."""
     made = np.zeros((len(measurements), spec.row_length), dtype=np.float32)
     for part in run.parts():
@@ -130,7 +130,7 @@ def _row_scores(
         row_format = RowFormat(encoding=encoding, length=spec.row_length)
         codes, _ = encoded_rows(run, sequences, spec, row_format)
         rows = RowShards(format=row_format, shards=(codes,))
-        queries = _query_rows(run, measurements, spec)
+        queries = rows_of_queries(run, measurements, spec)
         found.append((encoding, row_format, row_scores(queries, rows, np.arange(len(sequences)))))
     progress(len(wanted), len(wanted))
     return found
