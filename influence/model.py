@@ -192,7 +192,7 @@ def check_takes_documents_apart(loaded: LanguageModel) -> None:
     try:
         with torch.no_grad(), evaluation_mode(model):
             packed = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-            alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in torch.split(tokens, list(lengths), 1)], 1)
+            alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in torch.split(tokens, lengths, 1)], 1)
     except TypeError:
         raise RequestError(
             "data.attention is document, but the model does not take position_ids: it cannot keep packed documents apart"

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from ekfac import true_label_loss
-from indexing import FeatureSpec, RowFormat, feature_rows, spreaders
+from indexing import FeatureSpec, RowFormat, feature_rows
 from influence.batches import in_batches
 from influence.errors import RequestError
 from influence.run import Run
@@ -35,8 +35,7 @@ def encoded_rows(
 def _rows(run: Run, sequences: Sequence[TrainingSequence], spec: FeatureSpec) -> tuple[torch.Tensor, NDArray[np.float64]]:
     made, self_influence = torch.zeros(len(sequences), spec.row_length), np.zeros(len(sequences))
     for part in run.parts():
-        held = run.factors_of(part)
-        signs = held.spreaders if spec == run.features else spreaders(spec, held.factors)
+        held, signs = run.factors_of(part), run.spreaders_of(part, spec)
         for members, batch in in_batches(sequences, part.budget, part.device):
             found, own = feature_rows(part.model, part.layers, held.factors, spec, signs, true_label_loss, batch)
             made[torch.from_numpy(members)] += found.cpu()

@@ -236,6 +236,11 @@ class Run:
             self._loaded = PartFactors(layers=group, factors=factors, spreaders=spreaders(self.features, factors))
         return self._loaded
 
+    def spreaders_of(self, part: AttributedModel, spec: FeatureSpec) -> dict[str, Spreader]:
+        """What makes rows of a part's gradients: for the run's own rows those that are kept with its factors, for others new ones."""
+        held = self.factors_of(part)
+        return held.spreaders if spec == self.features else spreaders(spec, held.factors)
+
     @property
     def factors(self) -> dict[str, LayerFactors]:
         """The factors of all layers together. Raises RequestError when they do not fit into the memory budget."""

@@ -22,7 +22,6 @@ from indexing import (
     query_rows,
     row_length_within,
     row_scores,
-    spreaders,
 )
 from influence import artifacts
 from influence.attribution import AttributedModel, gradient_norms, query_gradients, scan, scan_parts
@@ -109,8 +108,7 @@ def rows_of_queries(run: Run, measurements: Sequence[Measurement], spec: Feature
     """[Q, D]; the gradients are computed again for every size, because those of all queries together may not fit into memory."""
     made = np.zeros((len(measurements), spec.row_length), dtype=np.float32)
     for part in run.parts():
-        factors = run.factors_of(part).factors
-        signs, first = spreaders(spec, factors), 0
+        factors, signs, first = run.factors_of(part).factors, run.spreaders_of(part, spec), 0
         for group in in_groups(measurements, run, None):
             made[first : first + len(group)] += query_rows(query_gradients(part, group, factors).gradients, spec, signs)
             first += len(group)
