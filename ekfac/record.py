@@ -24,8 +24,11 @@ Array: TypeAlias = Any
 Rows: TypeAlias = Any
 """Which rows of [O, J] a block of gradients holds: a slice, or an array of different numbers."""
 
-BLOCK_NUMBERS = 2**23
-"""At most so many numbers of a table's gradients are in memory at once: 32 MiB in float32."""
+BLOCK_NUMBERS = 2**22
+"""At most so many numbers of the gradients of a layer are in memory at once on a CPU, 16 MiB in float32, and sixteen times as many elsewhere.
+
+Fresh arrays of 32 MiB and more are mapped and cleared by the operating system each time, which costs several times what computing them does.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +111,12 @@ def gradient_blocks(
 ) -> Iterator[tuple[Rows, Array]]:
     """Each sequence's exact gradient, summed over its positions, as (rows, [N, rows, J]); rows that are left out are zero.
 
-    With vectors [J, J] and [O, O] it is rotated: output_vectorsᵀ G input_vectors; None stands for the identity. Linear layers and scales give one
-    block. Tables give several when they are large, and of a mere lookup the rows that occur, so that [N, O, J] is never in memory; their
-    rows cannot be rotated.
+    With vectors [J, J] and [O, O] it is rotated: output_vectorsᵀ G input_vectors; None stands for the identity. Gradients that are large come
+    in several blocks, and of a mere lookup only the rows that occur, so that [N, O, J] is never in memory; the rows of a table cannot be
+    rotated. Scales give one block.
     """
     if isinstance(record, LayerIO):
-        if record.mask.shape[1] == 0:  # an expert that no token reached: there is nothing to stream through memory
-            yield slice(0, 0), _linear_gradients(record)[:, :0]
-        else:
-            yield slice(None), _rotated(record, input_vectors, output_vectors)
+        yield from _linear_blocks(record, input_vectors, output_vectors)
     elif isinstance(record, EmbeddingIO):
         assert output_vectors is None, "the rows of a table are not rotated"
         yield from _table_blocks(record, input_vectors)
@@ -125,17 +125,26 @@ def gradient_blocks(
         yield slice(None), _scale_gradients(record)
 
 
-def _rotated(record: LayerIO, input_vectors: Array | None, output_vectors: Array | None) -> Array:
+def _linear_blocks(record: LayerIO, input_vectors: Array | None, output_vectors: Array | None) -> Iterator[tuple[Rows, Array]]:
     """Rotates the tokens first when that takes fewer multiplications than rotating the gradients, which is decided by the shape alone."""
-    xp = array_api_compat.array_namespace(record.activations)
+    xp, (num_positions, outputs) = array_api_compat.array_namespace(record.activations), record.output_gradients.shape[1:]
+    if num_positions == 0:  # an expert that no token reached: there is nothing to stream through memory
+        yield slice(0, 0), _linear_gradients(record)[:, :0]
+        return
+    inputs = record.activations.shape[-1] + record.bias
+    parts = _blocks_of(outputs, record.mask.shape[0] * inputs, record.activations)
     if input_vectors is None or output_vectors is None:
         assert input_vectors is output_vectors is None, "linear layers have an eigenbasis on both sides"
-        return _linear_gradients(record)
-    num_positions, inputs, outputs = record.activations.shape[1], input_vectors.shape[0], output_vectors.shape[0]
-    if num_positions * (inputs**2 + outputs**2) < inputs * outputs * (inputs + outputs):
-        rotated_inputs = apply_to_inputs(record, input_vectors)
-        return xp.matmul(xp.matrix_transpose(record.output_gradients @ output_vectors), rotated_inputs)
-    return output_vectors.T @ _linear_gradients(record) @ input_vectors
+        for part in parts:
+            yield part, _linear_gradients(replace(record, output_gradients=record.output_gradients[:, :, part]))
+    elif num_positions * (inputs**2 + outputs**2) < inputs * outputs * (inputs + outputs):
+        rotated_inputs, rotated_outputs = apply_to_inputs(record, input_vectors), record.output_gradients @ output_vectors
+        for part in parts:
+            yield part, xp.matmul(xp.matrix_transpose(rotated_outputs[:, :, part]), rotated_inputs)
+    else:
+        half_rotated = _linear_gradients(record) @ input_vectors
+        for part in parts:
+            yield part, output_vectors[:, part].T @ half_rotated
 
 
 def _linear_gradients(record: LayerIO) -> Array:
@@ -156,21 +165,22 @@ def _table_blocks(record: EmbeddingIO, vectors: Array | None) -> Iterator[tuple[
     if head is None:
         assert lookup is not None
         rows, gradients = xp.unique_values(lookup.indices[mask]), lookup.row_gradients
-        for part in _blocks_of(rows.shape[0], gradients):
+        for part in _blocks_of(rows.shape[0], gradients.shape[0] * gradients.shape[2], gradients):
             some = rows[part]
             nothing = xp.zeros((gradients.shape[0], some.shape[0], gradients.shape[2]), dtype=gradients.dtype, device=device)
             yield some, _with_lookups(nothing, lookup, mask, some)
         return
     inputs = _table_inputs(head, vectors)
-    for part in _blocks_of(record.num_rows, inputs):
+    for part in _blocks_of(record.num_rows, inputs.shape[0] * inputs.shape[2], inputs):
         block = xp.matmul(xp.matrix_transpose(head.output_gradients[:, :, part]), inputs)
         some = xp.arange(part.start, part.stop, device=device)
         yield part, (block if lookup is None else _with_lookups(block, lookup, mask, some))
 
 
-def _blocks_of(num_rows: int, features: Array) -> Iterator[slice]:
-    """The rows in parts that keep gradients [N, rows, J] within BLOCK_NUMBERS, for features [N, T, J]."""
-    step = max(1, BLOCK_NUMBERS // (features.shape[0] * features.shape[2]))
+def _blocks_of(num_rows: int, numbers_per_row: int, alike: Array) -> Iterator[slice]:
+    """The rows of a layer in parts that keep their gradients within BLOCK_NUMBERS, on the device of `alike`."""
+    on_cpu = array_api_compat.is_numpy_array(alike) or (array_api_compat.is_torch_array(alike) and alike.device.type == "cpu")
+    step = max(1, int((1 if on_cpu else 16) * BLOCK_NUMBERS / numbers_per_row))
     for first in range(0, num_rows, step):
         yield slice(first, min(first + step, num_rows))
 
