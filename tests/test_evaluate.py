@@ -78,11 +78,6 @@ def bank(tmp_path: Path) -> Path:
     return tmp_path / "bank.npz"
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 # with a bank
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-import torch
 from small_run import World, command, documents, everything, run_pipeline, write_jsonl
 
 from influence import QueryOptions, RefineOptions, RequestError, Run, answer, open_run
@@ -31,11 +30,6 @@ from jobs.answers import keep_answers
 QUERY = ("Lisbon lies on", " the Tagus.")
 NUM_SEQUENCES = 65
 NOVEL = "A quagga lies on the Tagus."
-
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -48,11 +48,6 @@ def queries(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "queries.jsonl", QUERIES)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 # training without
 
 

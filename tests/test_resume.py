@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from small_run import (
     POSITIONS,
     World,
@@ -39,12 +38,6 @@ SLOW = pytest.mark.slow
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    """The model is so small that threads only wait for each other; and a process with one thread must give the same bytes."""
-    torch.set_num_threads(1)
 
 
 def wait_for(pattern: str, run: Path, process: subprocess.Popen[str]) -> None:
