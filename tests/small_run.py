@@ -5,6 +5,7 @@ What is built is kept below pytest's base temporary directory and shared by all 
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,15 @@ def command(*arguments: object, most_bytes_per_file: int | None = None) -> subpr
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, "-c", start, *map(str, arguments)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def forked(function: Callable[..., object], *arguments: object) -> BaseProcess:
+    """A process of its own that calls the function; of a server that has imported what a run needs, which takes seconds, and runs nothing itself."""
+    start = multiprocessing.get_context("forkserver")
+    start.set_forkserver_preload(["pytest", "transformers.models.gpt2.modeling_gpt2", "jobs.driver"])
+    process = start.Process(target=function, args=arguments)
+    process.start()
+    return process
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
