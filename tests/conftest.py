@@ -7,6 +7,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of two processes would wait for each other by spinning
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import Influence, Outcome, World, finished_run, small_world
+from small_run import Influence, Outcome, World, finished_run, model, small_world
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -130,6 +131,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Never to be changed."""
     return finished_run(tmp_path_factory)
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """The finished run, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def base(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with the run's tokenizer, as if the run's had been trained from it."""
+    directory = Path(shutil.copytree(world.model, tmp_path_factory.mktemp("base") / "model"))
+    model(320, seed=1).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(params=list(ARCHITECTURES))

@@ -15,7 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -196,12 +196,17 @@ def command(*arguments: object, most_bytes_per_file: int | None = None) -> subpr
 
 
 def forked(function: Callable[..., object], *arguments: object) -> BaseProcess:
-    """A process of its own that calls the function; of a server that has imported what a run needs, which takes seconds, and runs nothing itself."""
+    """A process that calls the function, forked from one that has imported what a run needs, which takes seconds, and does nothing else."""
     start = multiprocessing.get_context("forkserver")
     start.set_forkserver_preload(["pytest", "transformers.models.gpt2.modeling_gpt2", "jobs.driver"])
-    process = start.Process(target=function, args=arguments)
+    process = start.Process(target=_called, args=(dict(os.environ), function, arguments))
     process.start()
     return process
+
+
+def _called(environment: Mapping[str, str], function: Callable[..., object], arguments: Iterable[object]) -> None:
+    os.environ.update(environment)
+    function(*arguments)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -210,8 +215,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a command left behind: exit status, standard output, standard error."""
 
     status: int

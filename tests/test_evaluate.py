@@ -46,14 +46,6 @@ def run(finished: Path) -> Run:
     return open_run(finished)
 
 
-@pytest.fixture(scope="module")
-def base(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model with the run's tokenizer, as if the run's had been trained from it."""
-    directory = Path(shutil.copytree(world.model, tmp_path_factory.mktemp("base") / "model"))
-    model(320, seed=1).save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture
 def queries(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "queries.jsonl", QUERIES)
@@ -62,11 +54,6 @@ def queries(tmp_path: Path) -> Path:
 @pytest.fixture
 def asked(run: Run, queries: Path) -> Asked:
     return measurements_of(run, None, None, None, None, queries)
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 @pytest.fixture

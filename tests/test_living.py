@@ -6,7 +6,6 @@ And a change that fails at any moment has either happened or not.
 import json
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,23 +17,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-from small_run import World, command, documents, everything, run_pipeline, write_jsonl
+from small_run import Influence, World, command, documents, everything, run_pipeline, write_jsonl
 
 from influence import QueryOptions, RefineOptions, RequestError, Run, answer, open_run
 from influence.lexical import index_texts
 from influence.living import Appended, Living
 from influence.run_directory import RunDirectory
-from jobs import cli, living
+from jobs import living
 from jobs.answers import keep_answers
 
 QUERY = ("Lisbon lies on", " the Tagus.")
 NUM_SEQUENCES = 65
 NOVEL = "A quagga lies on the Tagus."
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +43,6 @@ def grown(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(finished, place / "run")
     living.append(open_run(place / "run"), [str(write_jsonl(place / "later.jsonl", [*again(documents()), novel()]))])
     return place / "run"
-
-
-@pytest.fixture
-def influence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The console script in this process: exit status, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["influence", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return call
-
-
-Influence = Callable[..., tuple[int, str, str]]
 
 
 def again(rows: list[dict[str, Any]], prefix: str = "new-") -> list[dict[str, Any]]:

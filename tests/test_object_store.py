@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from object_server import BUCKET, object_server
-from small_run import Influence, World, artifacts, command, finish, run_pipeline, write_jsonl, write_yaml
+from small_run import Influence, World, artifacts, command, finish, forked, run_pipeline, write_jsonl, write_yaml
 
 from influence import lease as leases
 from influence.errors import RequestError
@@ -162,17 +161,17 @@ def test_run_made_anew_under_a_url_does_not_read_the_cache_of_the_old_one(store:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["covariances", "eigenbases", "rows"])
 def test_run_killed_while_it_writes_to_a_store_goes_on_to_the_same_bytes(
-    stage: str, store: ObjectStore, world: World, finished: Path, tmp_path: Path, other_machine: Callable[[], None], quick: None
+    stage: str, store: ObjectStore, world: World, finished: Path, other_machine: Callable[[], None], quick: None
 ) -> None:
     settings = world.settings(store.url)
-    process = command("run", write_yaml(tmp_path / "config.yaml", settings))
+    process = forked(run_pipeline, settings)
     deadline = time.monotonic() + 240
     while not store.names(stage):
-        assert process.poll() is None, process.communicate()
+        assert process.exitcode is None, "the run ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     other_machine()
     run_pipeline(settings)
     other_machine()

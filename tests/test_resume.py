@@ -36,11 +36,6 @@ PROMPT, COMPLETION = "Lisbon lies on", " the Tagus."
 SLOW = pytest.mark.slow
 
 
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
 def wait_for(pattern: str, run: Path, process: BaseProcess) -> None:
     """Returns as soon as something in the run directory matches."""
     deadline = time.monotonic() + 240
