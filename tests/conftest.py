@@ -11,12 +11,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_run import Influence, Outcome, World, finished_run, model, small_world
-from torch import nn
+from small_run import Influence, Outcome, World, finished_run, model, perturbed, small_world
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -99,14 +99,9 @@ ARCHITECTURES = {
 }
 
 
-def tiny_model(architecture: str, seed: int = 0) -> nn.Module:
-    """A small model in float64 with weights large enough that no gradient is negligible."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = ARCHITECTURES[architecture]().to(torch.float64)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval()
+def tiny_model(architecture: str, seed: int = 0) -> Any:
+    """A small model in float64, `perturbed`."""
+    return perturbed(lambda: ARCHITECTURES[architecture]().to(torch.float64), seed)
 
 
 def padded_batch(lengths: tuple[int, ...] = (7, 4, 2, 7), num_positions: int = 7, seed: int = 0, prompt: int = 0) -> SequenceBatch:

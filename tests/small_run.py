@@ -64,8 +64,8 @@ def tokenizer(texts: Iterable[str], size: int = 320) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bare, eos_token=END, bos_token=END, clean_up_tokenization_spaces=False)
 
 
-def model(vocabulary: int, seed: int = 0) -> GPT2LMHeadModel:
-    """Two layers of width 16, with weights large enough that no gradient is negligible."""
+def model(vocabulary: int, seed: int = 0) -> Any:
+    """Two layers of width 16."""
     config = GPT2Config(
         vocab_size=vocabulary,
         n_positions=POSITIONS,
@@ -76,9 +76,14 @@ def model(vocabulary: int, seed: int = 0) -> GPT2LMHeadModel:
         eos_token_id=0,
         tie_word_embeddings=True,
     )
+    return perturbed(lambda: GPT2LMHeadModel(config), seed)
+
+
+def perturbed(make: Callable[[], Any], seed: int = 0) -> Any:
+    """The model that is made, with weights large enough that no gradient is negligible."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = GPT2LMHeadModel(config)
+        made = make()
         for parameter in made.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return made.eval()
