@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-from small_run import Influence, World, command, documents, everything, run_pipeline, write_jsonl
+from small_run import Influence, World, documents, everything, forked, run_pipeline, write_jsonl
 
 from influence import QueryOptions, RefineOptions, RequestError, Run, answer, open_run
 from influence.lexical import index_texts
@@ -290,20 +290,24 @@ def few_scores(run: Path) -> dict[str, float]:
     return open_run(run).query(*QUERY, k=25, candidates=25, bm25=True).scores()
 
 
+def append_file(run: Path, file: Path) -> None:
+    living.append(open_run(run), [str(file)])
+
+
 def test_append_killed_on_the_way_leaves_the_old_state_and_goes_on(run: Run, copy: Path, tmp_path: Path) -> None:
     rows = [row for part in range(3) for row in again(documents(), f"{part}-")]
     files = write_jsonl(tmp_path / "many.jsonl", rows)
     undisturbed = Path(shutil.copytree(copy, tmp_path / "undisturbed"))
     living.append(open_run(undisturbed), [str(files)])
-    process = command("append", copy, files)
-    deadline = time.monotonic() + 60
+    process = forked(append_file, copy, files)
+    deadline = time.monotonic() + 240
     while not list(copy.glob("rows/append-*-00001")):
-        assert process.poll() is None, process.communicate()
+        assert process.exitcode is None, "it ended before it was met"
         assert time.monotonic() < deadline
         time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert_same(scores(open_run(copy)), scores(run))
     other = Path(shutil.copytree(copy, tmp_path / "other"))
     assert living.append(open_run(copy), [str(files)])["appended"] == 3 * NUM_SEQUENCES

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from object_server import BUCKET, object_server
-from small_run import Influence, World, artifacts, command, finish, forked, run_pipeline, write_jsonl, write_yaml
+from small_run import Influence, World, artifacts, forked, run_pipeline, write_jsonl, write_yaml
 
 from influence import lease as leases
 from influence.errors import RequestError
@@ -275,15 +275,15 @@ def test_damaged_record_is_refused_by_name(stored_copy: ObjectStore) -> None:
 # one at a time
 
 
-def test_second_process_on_a_stored_run_is_refused(stored: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_driver_of_a_stored_run_is_refused(
+    stored: str, influence: Influence, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(leases, "RENEWED_EVERY", 1.0)
     moved = world.copy(tmp_path)
     config = write_yaml(tmp_path / "config.yaml", moved.settings(f"{stored}", data={"metadata": ["source"]}))
     with StoredRunDirectory(stored).exclusive():
-        status, out, err = finish(command("run", config))
-    assert (status, out) == (2, "")
-    message = f"error: another process is working on {stored} (process {os.getpid()} on {os.uname().nodename}); wait for it or stop it"
-    assert err.splitlines()[-1] == message
+        refused = influence("run", config)
+    refused.says(f"another process is working on {stored} (process {os.getpid()} on {os.uname().nodename}); wait for it or stop it")
 
 
 def test_right_that_was_given_back_is_taken_at_once(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
