@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from indexing import best
 
@@ -105,6 +104,8 @@ def _ndcg(scores: NDArray[Any], found: NDArray[np.int64], truth: NDArray[np.int6
 
 def rank_correlation(exact: NDArray[Any], estimates: NDArray[Any]) -> float | None:
     """Spearman's, [Q, N] each, averaged over the queries for which both vary; None when none does."""
+    from scipy.stats import spearmanr  # here, since it takes seconds that every worker would wait for
+
     pairs = [(one, other) for one, other in _rows(exact, estimates) if np.ptp(one) > 0 and np.ptp(other) > 0]
     return float(np.mean([spearmanr(one, other).statistic for one, other in pairs])) if pairs else None
 

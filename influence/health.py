@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from ekfac import (
     Layer,
@@ -357,6 +356,8 @@ def _labels(values: NDArray[Any]) -> NDArray[np.int64]:
 def weights(influence: NDArray[np.float64], duplicates: NDArray[np.int64]) -> NDArray[np.float64]:
     """[N], 1 on average: in proportion to (rank - 1/2) / m, rank 1 being the lowest influence and m the size of the sequence's group of
     near-duplicates, so that a group weighs as much as one sequence."""
+    from scipy.stats import rankdata  # here, since it takes seconds that every worker would wait for
+
     sizes = np.bincount(duplicates[duplicates >= 0], minlength=1)
     found = (rankdata(influence) - 0.5) / np.where(duplicates >= 0, sizes[duplicates], 1)
     return np.asarray(found / found.mean())

@@ -7,15 +7,16 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of two processes would wait for each other by spinning
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_run import Influence, Outcome, World, finished_run, small_world
-from torch import nn
+from small_run import Influence, Outcome, World, finished_run, model, perturbed, small_world
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -98,14 +99,9 @@ ARCHITECTURES = {
 }
 
 
-def tiny_model(architecture: str, seed: int = 0) -> nn.Module:
-    """A small model in float64 with weights large enough that no gradient is negligible."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = ARCHITECTURES[architecture]().to(torch.float64)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval()
+def tiny_model(architecture: str, seed: int = 0) -> Any:
+    """A small model in float64, `perturbed`."""
+    return perturbed(lambda: ARCHITECTURES[architecture]().to(torch.float64), seed)
 
 
 def padded_batch(lengths: tuple[int, ...] = (7, 4, 2, 7), num_positions: int = 7, seed: int = 0, prompt: int = 0) -> SequenceBatch:
@@ -132,16 +128,30 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_run(tmp_path_factory)
 
 
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """The finished run, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def base(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with the run's tokenizer, as if the run's had been trained from it."""
+    directory = Path(shutil.copytree(world.model, tmp_path_factory.mktemp("base") / "model"))
+    model(320, seed=1).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(params=list(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """Sums in a fixed order, whatever the machine."""
+def one_thread() -> Iterator[None]:
+    """Sums in a fixed order, whatever the machine, and no threads that wait for each other by spinning on a core that is shared."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -5,6 +5,7 @@ What is built is kept below pytest's base temporary directory and shared by all 
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -12,8 +13,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -62,8 +64,8 @@ def tokenizer(texts: Iterable[str], size: int = 320) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bare, eos_token=END, bos_token=END, clean_up_tokenization_spaces=False)
 
 
-def model(vocabulary: int, seed: int = 0) -> GPT2LMHeadModel:
-    """Two layers of width 16, with weights large enough that no gradient is negligible."""
+def model(vocabulary: int, seed: int = 0) -> Any:
+    """Two layers of width 16."""
     config = GPT2Config(
         vocab_size=vocabulary,
         n_positions=POSITIONS,
@@ -74,9 +76,14 @@ def model(vocabulary: int, seed: int = 0) -> GPT2LMHeadModel:
         eos_token_id=0,
         tie_word_embeddings=True,
     )
+    return perturbed(lambda: GPT2LMHeadModel(config), seed)
+
+
+def perturbed(make: Callable[[], Any], seed: int = 0) -> Any:
+    """The model that is made, with weights large enough that no gradient is negligible."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = GPT2LMHeadModel(config)
+        made = make()
         for parameter in made.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return made.eval()
@@ -193,14 +200,27 @@ def command(*arguments: object, most_bytes_per_file: int | None = None) -> subpr
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def forked(function: Callable[..., object], *arguments: object) -> BaseProcess:
+    """A process that calls the function, forked from one that has imported what a run needs, which takes seconds, and does nothing else."""
+    start = multiprocessing.get_context("forkserver")
+    start.set_forkserver_preload(["pytest", "transformers.models.gpt2.modeling_gpt2", "jobs.driver"])
+    process = start.Process(target=_called, args=(dict(os.environ), function, arguments))
+    process.start()
+    return process
+
+
+def _called(environment: Mapping[str, str], function: Callable[..., object], arguments: Iterable[object]) -> None:
+    os.environ.update(environment)
+    function(*arguments)
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a process that ends by itself."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a command left behind: exit status, standard output, standard error."""
 
     status: int

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import padded_batch, tiny_model
+from small_run import perturbed
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -31,14 +32,9 @@ Loss = Callable[[nn.Module, Any], Tensor]
 ENCODER = {"vocab_size": 23, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
 
 
-def enlarged(make: Callable[[], nn.Module]) -> nn.Module:
-    """In float64, with weights large enough that no gradient is negligible."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = make().to(torch.float64)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval()
+def enlarged(make: Callable[[], nn.Module]) -> Any:
+    """In float64, `perturbed`."""
+    return perturbed(lambda: make().to(torch.float64))
 
 
 def records_of(model: nn.Module, layers: tuple[Layer, ...], loss: Loss, batch: Batch, mask: Tensor) -> dict[str, Record]:

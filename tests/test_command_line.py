@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from small_run import (
     POSITIONS,
     Influence,
@@ -34,11 +33,6 @@ NUM_SEQUENCES = 65
 def asked(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy that keeps answers."""
     return Path(shutil.copytree(finished, tmp_path_factory.mktemp("asked") / "run"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    torch.set_num_threads(1)
 
 
 # the request is wrong

@@ -46,14 +46,6 @@ def run(finished: Path) -> Run:
     return open_run(finished)
 
 
-@pytest.fixture(scope="module")
-def base(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model with the run's tokenizer, as if the run's had been trained from it."""
-    directory = Path(shutil.copytree(world.model, tmp_path_factory.mktemp("base") / "model"))
-    model(320, seed=1).save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture
 def queries(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "queries.jsonl", QUERIES)
@@ -65,22 +57,12 @@ def asked(run: Run, queries: Path) -> Asked:
 
 
 @pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-@pytest.fixture
 def bank(tmp_path: Path) -> Path:
     """Losses of two queries under models that were never trained."""
     rng = np.random.default_rng(0)
     masks, losses = np.argsort(rng.random((S, N)), axis=1) < N // 2, rng.standard_normal((2, S, 2))
     np.savez(tmp_path / "bank.npz", masks=masks, query_losses=losses + 2 * rng.standard_normal((S, 2)))
     return tmp_path / "bank.npz"
-
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    torch.set_num_threads(1)
 
 
 # with a bank

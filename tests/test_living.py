@@ -6,7 +6,6 @@ And a change that fails at any moment has either happened or not.
 import json
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,29 +17,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-import torch
-from small_run import World, command, documents, everything, run_pipeline, write_jsonl
+from small_run import Influence, World, documents, everything, forked, run_pipeline, write_jsonl
 
 from influence import QueryOptions, RefineOptions, RequestError, Run, answer, open_run
 from influence.lexical import index_texts
 from influence.living import Appended, Living
 from influence.run_directory import RunDirectory
-from jobs import cli, living
+from jobs import living
 from jobs.answers import keep_answers
 
 QUERY = ("Lisbon lies on", " the Tagus.")
 NUM_SEQUENCES = 65
 NOVEL = "A quagga lies on the Tagus."
-
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")
@@ -55,23 +43,6 @@ def grown(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(finished, place / "run")
     living.append(open_run(place / "run"), [str(write_jsonl(place / "later.jsonl", [*again(documents()), novel()]))])
     return place / "run"
-
-
-@pytest.fixture
-def influence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The console script in this process: exit status, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["influence", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), *capsys.readouterr()
-
-    return call
-
-
-Influence = Callable[..., tuple[int, str, str]]
 
 
 def again(rows: list[dict[str, Any]], prefix: str = "new-") -> list[dict[str, Any]]:
@@ -319,20 +290,24 @@ def few_scores(run: Path) -> dict[str, float]:
     return open_run(run).query(*QUERY, k=25, candidates=25, bm25=True).scores()
 
 
+def append_file(run: Path, file: Path) -> None:
+    living.append(open_run(run), [str(file)])
+
+
 def test_append_killed_on_the_way_leaves_the_old_state_and_goes_on(run: Run, copy: Path, tmp_path: Path) -> None:
     rows = [row for part in range(3) for row in again(documents(), f"{part}-")]
     files = write_jsonl(tmp_path / "many.jsonl", rows)
     undisturbed = Path(shutil.copytree(copy, tmp_path / "undisturbed"))
     living.append(open_run(undisturbed), [str(files)])
-    process = command("append", copy, files)
-    deadline = time.monotonic() + 60
+    process = forked(append_file, copy, files)
+    deadline = time.monotonic() + 240
     while not list(copy.glob("rows/append-*-00001")):
-        assert process.poll() is None, process.communicate()
+        assert process.exitcode is None, "it ended before it was met"
         assert time.monotonic() < deadline
         time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert_same(scores(open_run(copy)), scores(run))
     other = Path(shutil.copytree(copy, tmp_path / "other"))
     assert living.append(open_run(copy), [str(files)])["appended"] == 3 * NUM_SEQUENCES

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from small_run import POSITIONS, documents, run_pipeline, tokenizer, write_jsonl
+from small_run import POSITIONS, documents, perturbed, run_pipeline, tokenizer, write_jsonl
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -42,16 +42,6 @@ def with_words(directory: Path) -> int:
     words = tokenizer(row["text"] for row in rows)
     words.save_pretrained(directory / "model")
     return len(words)
-
-
-def perturbed(make: Any) -> nn.Module:
-    """With weights large enough that no gradient is negligible."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: nn.Module = make()
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def gradient(model: nn.Module, run: Run, sequence: TrainingSequence) -> dict[str, torch.Tensor]:
@@ -141,7 +131,7 @@ def llama(vocabulary: int, width: int = 8) -> LlamaForCausalLM:
         num_key_value_heads=1,
         max_position_embeddings=POSITIONS,
     )
-    return perturbed(lambda: LlamaForCausalLM(config))  # type: ignore[return-value]
+    return perturbed(lambda: LlamaForCausalLM(config))
 
 
 def save_adapter(base: nn.Module, directory: Path, alpha: int = 8) -> None:

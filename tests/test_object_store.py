@@ -3,17 +3,16 @@
 import json
 import os
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from object_server import BUCKET, object_server
-from small_run import Influence, World, artifacts, command, finish, run_pipeline, write_jsonl, write_yaml
+from small_run import Influence, World, artifacts, forked, run_pipeline, write_jsonl, write_yaml
 
 from influence import lease as leases
 from influence.errors import RequestError
@@ -65,6 +64,21 @@ def stored(server: dict[str, str], world: World, tmp_path_factory: pytest.TempPa
     return url
 
 
+@pytest.fixture(scope="module")
+def objects(stored: str) -> Mapping[str, bytes]:
+    """What the finished run in the store consists of."""
+    source = ObjectStore(stored)
+    return source.get_all(["run.json", *(name for stage in STAGES for name in source.names(stage))])
+
+
+@pytest.fixture
+def stored_copy(objects: Mapping[str, bytes], store: ObjectStore) -> ObjectStore:
+    """The finished run in a place of its own, to be changed."""
+    for name, content in objects.items():
+        store.put(name, content)
+    return store
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dead are taken for dead sooner."""
@@ -78,14 +92,6 @@ def fetched(url: str) -> dict[str, str]:
     for stage in STAGES:
         directory.bring(stage, directory.unit_names(stage))
     return artifacts(directory.path)
-
-
-def copy_objects(url: str, to: ObjectStore) -> None:
-    source = ObjectStore(url)
-    for stage in ("run.json", *STAGES):
-        names = source.names(stage) or [stage]
-        for name, content in source.get_all(names).items():
-            to.put(name, content)
 
 
 # the same run
@@ -127,14 +133,13 @@ def test_run_of_other_data_is_refused(stored: str, world: World, tmp_path: Path)
 
 
 def test_answers_are_kept_in_the_store_and_reported_from_another_machine(
-    stored: str, store: ObjectStore, influence: Influence, other_machine: Callable[[], None], tmp_path: Path
+    stored_copy: ObjectStore, influence: Influence, other_machine: Callable[[], None], tmp_path: Path
 ) -> None:
-    copy_objects(stored, store)
-    asked = influence("query", store.url, PROMPT, COMPLETION, "-k", "3", "--json").json
+    asked = influence("query", stored_copy.url, PROMPT, COMPLETION, "-k", "3", "--json").json
     other_machine()
-    assert [answer["results"] for answer in StoredRunDirectory(store.url).answers()] == [asked["results"]]
+    assert [answer["results"] for answer in StoredRunDirectory(stored_copy.url).answers()] == [asked["results"]]
     page = tmp_path / "report.html"
-    report = influence("report", store.url, "-k", "3", "--out", page, "--json").json
+    report = influence("report", stored_copy.url, "-k", "3", "--out", page, "--json").json
     assert [one["id"] for one in report["queries"][0]["results"]] == [one["id"] for one in asked["results"]]
     assert "Lisbon" in page.read_text()
 
@@ -162,17 +167,17 @@ def test_run_made_anew_under_a_url_does_not_read_the_cache_of_the_old_one(store:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["covariances", "eigenbases", "rows"])
 def test_run_killed_while_it_writes_to_a_store_goes_on_to_the_same_bytes(
-    stage: str, store: ObjectStore, world: World, finished: Path, tmp_path: Path, other_machine: Callable[[], None], quick: None
+    stage: str, store: ObjectStore, world: World, finished: Path, other_machine: Callable[[], None], quick: None
 ) -> None:
     settings = world.settings(store.url)
-    process = command("run", write_yaml(tmp_path / "config.yaml", settings))
+    process = forked(run_pipeline, settings)
     deadline = time.monotonic() + 240
     while not store.names(stage):
-        assert process.poll() is None, process.communicate()
+        assert process.exitcode is None, "the run ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     other_machine()
     run_pipeline(settings)
     other_machine()
@@ -180,15 +185,14 @@ def test_run_killed_while_it_writes_to_a_store_goes_on_to_the_same_bytes(
 
 
 def test_unit_without_its_record_is_not_done_and_is_made_again(
-    stored: str, store: ObjectStore, world: World, finished: Path, other_machine: Callable[[], None]
+    stored_copy: ObjectStore, world: World, finished: Path, other_machine: Callable[[], None]
 ) -> None:
-    copy_objects(stored, store)
-    store.delete("rows/part-00001/record.json")
+    stored_copy.delete("rows/part-00001/record.json")
     with pytest.raises(RequestError, match="rows/part-00001 is missing"):
-        Run(store.url).path_of("rows", "part-00001")
-    run_pipeline(world.settings(store.url))
+        Run(stored_copy.url).path_of("rows", "part-00001")
+    run_pipeline(world.settings(stored_copy.url))
     other_machine()
-    run = Run(store.url)
+    run = Run(stored_copy.url)
     files = run.path_of("rows", "part-00001")
     assert (files / "rows.npy").read_bytes() == (finished / "rows/part-00001/rows.npy").read_bytes()
 
@@ -249,39 +253,37 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
 
 @pytest.mark.parametrize("damage", [pytest.param(name, marks=[pytest.mark.slow] * (name != "truncated")) for name in DAMAGES])
 def test_damaged_object_is_refused_by_name_and_leaves_nothing_in_the_cache(
-    damage: str, stored: str, store: ObjectStore, influence: Influence, other_machine: Callable[[], None], cache: Path
+    damage: str, stored_copy: ObjectStore, influence: Influence, other_machine: Callable[[], None], cache: Path
 ) -> None:
     change, message = DAMAGES[damage]
-    copy_objects(stored, store)
     name = "rows/part-00001/rows.npy"
-    changed = change(store.get(name) or b"")
-    store.delete(name) if changed is None else store.put(name, changed)
-    with pytest.raises(RequestError, match=f"{store.url}/{name} {message}"):
-        Run(store.url).path_of("rows", "part-00001")
-    influence("query", store.url, PROMPT, COMPLETION).says(f"{store.url}/{name}")
+    changed = change(stored_copy.get(name) or b"")
+    stored_copy.delete(name) if changed is None else stored_copy.put(name, changed)
+    with pytest.raises(RequestError, match=f"{stored_copy.url}/{name} {message}"):
+        Run(stored_copy.url).path_of("rows", "part-00001")
+    influence("query", stored_copy.url, PROMPT, COMPLETION).says(f"{stored_copy.url}/{name}")
     assert not [path for path in cache.rglob("*") if "part-00001" in path.name and "rows" in path.parts]
     assert not list(cache.rglob(".partial-*"))
 
 
-def test_damaged_record_is_refused_by_name(stored: str, store: ObjectStore) -> None:
-    copy_objects(stored, store)
-    store.put("factors/all/record.json", b'{"fingerprint": "sha2')
-    with pytest.raises(RequestError, match=f"{store.url}/factors/all/record.json is damaged"):
-        Run(store.url).path_of("factors")
+def test_damaged_record_is_refused_by_name(stored_copy: ObjectStore) -> None:
+    stored_copy.put("factors/all/record.json", b'{"fingerprint": "sha2')
+    with pytest.raises(RequestError, match=f"{stored_copy.url}/factors/all/record.json is damaged"):
+        Run(stored_copy.url).path_of("factors")
 
 
 # one at a time
 
 
-def test_second_process_on_a_stored_run_is_refused(stored: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_driver_of_a_stored_run_is_refused(
+    stored: str, influence: Influence, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(leases, "RENEWED_EVERY", 1.0)
     moved = world.copy(tmp_path)
     config = write_yaml(tmp_path / "config.yaml", moved.settings(f"{stored}", data={"metadata": ["source"]}))
     with StoredRunDirectory(stored).exclusive():
-        status, out, err = finish(command("run", config))
-    assert (status, out) == (2, "")
-    message = f"error: another process is working on {stored} (process {os.getpid()} on {os.uname().nodename}); wait for it or stop it"
-    assert err.splitlines()[-1] == message
+        refused = influence("run", config)
+    refused.says(f"another process is working on {stored} (process {os.getpid()} on {os.uname().nodename}); wait for it or stop it")
 
 
 def test_right_that_was_given_back_is_taken_at_once(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,12 +332,13 @@ def test_changes_that_need_files_are_refused_in_one_line(stored: str, influence:
         influence(*words).says("say with --out where this goes")
 
 
-def test_sequences_that_were_removed_before_a_run_was_copied_to_a_store_stay_removed(stored: str, store: ObjectStore) -> None:
-    copy_objects(stored, store)
-    best = Run(store.url).query(PROMPT, COMPLETION, k=1).sequences[0].id
-    run = Run(store.url)
-    store.put("living.json", json.dumps({"appended": [], "removed": [run.store.ids.index(best)], "erased": [], "replaced": {}}).encode())
-    assert best not in [one.id for one in Run(store.url).query(PROMPT, COMPLETION, k=10).sequences]
+def test_sequences_that_were_removed_before_a_run_was_copied_to_a_store_stay_removed(stored_copy: ObjectStore) -> None:
+    best = Run(stored_copy.url).query(PROMPT, COMPLETION, k=1).sequences[0].id
+    run = Run(stored_copy.url)
+    stored_copy.put(
+        "living.json", json.dumps({"appended": [], "removed": [run.store.ids.index(best)], "erased": [], "replaced": {}}).encode()
+    )
+    assert best not in [one.id for one in Run(stored_copy.url).query(PROMPT, COMPLETION, k=10).sequences]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,6 @@ CASES = {"one layer": (["*.h.1.mlp.c_proj"], 0.95, (0.5, 1.5)), "all layers": ([
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "all layers")) for case in CASES])
 def test_scores_predict_the_proximal_bregman_response(case: str) -> None:
     patterns, least_correlation, slopes = CASES[case]
-    torch.set_num_threads(1)  # products this small only lose by a second thread
     model, sequences = tiny_model("gpt2"), markov_sequences()
     everything, query = collate(sequences[:N], CPU), collate(sequences[N:], CPU)
     train(model, everything)

@@ -1,7 +1,6 @@
 """Recall of planted sequences and detection of wrong labels: figures against plain loops and SciPy, and one clear line for every mistake."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +21,6 @@ N = 65
 @pytest.fixture(scope="module")
 def run(finished: Path) -> Run:
     return open_run(finished)
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    torch.set_num_threads(1)
 
 
 # recall

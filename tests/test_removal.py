@@ -32,25 +32,8 @@ def run(finished: Path) -> Run:
 
 
 @pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-@pytest.fixture(scope="module")
-def base(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = Path(shutil.copytree(world.model, tmp_path_factory.mktemp("base") / "model"))
-    model(320, seed=1).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
 def queries(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "queries.jsonl", QUERIES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    torch.set_num_threads(1)
 
 
 # training without

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from small_run import (
     POSITIONS,
     World,
@@ -21,6 +20,7 @@ from small_run import (
     documents,
     everything,
     finish,
+    forked,
     run_pipeline,
     tokenizer,
     write_jsonl,
@@ -36,22 +36,11 @@ PROMPT, COMPLETION = "Lisbon lies on", " the Tagus."
 SLOW = pytest.mark.slow
 
 
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    """The model is so small that threads only wait for each other; and a process with one thread must give the same bytes."""
-    torch.set_num_threads(1)
-
-
-def wait_for(pattern: str, run: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(pattern: str, run: Path, process: BaseProcess) -> None:
     """Returns as soon as something in the run directory matches."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not any(run.glob(pattern)):
-        assert process.poll() is None, f"the run ended before {pattern} appeared"
+        assert process.exitcode is None, f"the run ended before {pattern} appeared"
         assert time.monotonic() < deadline, f"{pattern} did not appear"
         time.sleep(0.0005)
 
@@ -72,11 +61,11 @@ def wait_for(pattern: str, run: Path, process: subprocess.Popen[str]) -> None:
 )
 def test_run_killed_at_any_moment_goes_on_to_the_same_bytes(pattern: str, world: World, finished: Path, tmp_path: Path) -> None:
     settings = world.settings(tmp_path / "run")
-    process = command("run", write_yaml(tmp_path / "config.yaml", settings))
+    process = forked(run_pipeline, settings)
     wait_for(pattern, tmp_path / "run", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    if process.returncode != -signal.SIGKILL:
+    process.kill()
+    process.join()
+    if process.exitcode != -signal.SIGKILL:
         pytest.skip(f"the run was done before it could be killed at {pattern}")
     run_pipeline(settings)
     assert artifacts(tmp_path / "run") == artifacts(finished)

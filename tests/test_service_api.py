@@ -145,7 +145,7 @@ def test_schemathesis_finds_nothing(url: str, tmp_path: Path) -> None:
     """
     rejections = ["400", "401", "403", "404", "405", "409", "413", "422", "429", "503"]  # its own list has no 413
     (tmp_path / "schemathesis.toml").write_text(f"[checks]\nnegative_data_rejection.expected-statuses = {rejections}\n")
-    words = [f"{url}/openapi.json", "--max-examples", "15", "--generation-deterministic", "--max-time", "60", "--no-color"]
+    words = [f"{url}/openapi.json", "--max-examples", "15", "--generation-deterministic", "--max-time", "30", "--no-color"]
     words += ["--exclude-checks", "positive_data_acceptance", "--exclude-path", "/v1/queries/{id}/events", "--continue-on-failure"]
     program = "from schemathesis.cli import schemathesis; schemathesis()"
     done = subprocess.run([sys.executable, "-c", program, "run", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)

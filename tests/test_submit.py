@@ -1,27 +1,29 @@
 """Runs as jobs on a real Ray head with its jobs API and token authentication: submitted, followed, stopped, gone on with, and asked."""
 
-import json
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
 from object_server import BUCKET, object_server
 from ray_head import Head, ray_head
-from small_run import World, artifacts, command, finish, run_pipeline, write_yaml
+from small_run import Influence, Outcome, World, artifacts, command, finish, run_pipeline, write_yaml
 
 from influence import lease
 from influence.object_store import ObjectStore
 from influence.run import Run
 from influence.run_directory import STAGES
 from influence.stored_run import StoredRunDirectory
+from jobs import cli
 from jobs.progress import progress_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-Cluster = Callable[..., tuple[int, str, str]]
-"""The command line, by somebody who may use the cluster: exit status, standard output, standard error."""
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +32,34 @@ def head() -> Iterator[Head]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def somebody() -> Iterator[ProcessPoolExecutor]:
+    """A process that types commands. Not this one: Ray reads once in a process who may use a cluster."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        yield process
+
+
 @pytest.fixture
-def cluster(head: Head, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+def cluster(head: Head, somebody: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> Influence:
+    """The command line, by somebody who may use the cluster."""
     for name, value in head.environment.items():
         monkeypatch.setenv(name, value)
 
-    def call(*words: object) -> tuple[int, str, str]:
-        process = command(*words)
-        out, err = process.communicate(timeout=900)
-        return process.returncode, out, err
+    def call(*words: object) -> Outcome:
+        return somebody.submit(typed, [str(word) for word in words], dict(os.environ), Path.cwd()).result(timeout=900)
 
     return call
 
 
-def answer(outcome: tuple[int, str, str]) -> Any:
-    status, out, err = outcome
-    assert status == 0, err
-    assert out.count("\n") == 1
-    return json.loads(out)
+def typed(words: list[str], environment: dict[str, str], directory: Path) -> Outcome:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    sys.argv = ["influence", *words]
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        cli.main()
+    return Outcome(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def one_thread_each(**resources: object) -> dict[str, object]:
@@ -56,19 +68,19 @@ def one_thread_each(**resources: object) -> dict[str, object]:
 
 
 def test_submitted_run_is_the_one_of_this_machine_and_answers(
-    cluster: Cluster, world: World, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Influence, world: World, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Model and data travel; the run directory is a place that the cluster sees."""
     moved, run = world.copy(tmp_path / "here"), tmp_path / "shared" / "run"
     monkeypatch.chdir(tmp_path / "here")
     settings = world.settings(run, model={"name": "./model"}, data={"files": "train.jsonl"}, resources=one_thread_each())
-    done = answer(cluster("submit", write_yaml(tmp_path / "config.yaml", settings), "--name", "whole", "--wait", "--json"))
+    done = cluster("submit", write_yaml(tmp_path / "config.yaml", settings), "--name", "whole", "--wait", "--json").json
     assert (done["job"], done["state"], done["run"]) == ("whole", "succeeded", str(run))
     assert artifacts(run) == artifacts(finished)
-    assert "whole" in [job["job"] for job in answer(cluster("jobs", "list", "--json"))["jobs"]]
-    told = answer(cluster("jobs", "status", "whole", "--json"))
+    assert "whole" in [job["job"] for job in cluster("jobs", "list", "--json").json["jobs"]]
+    told = cluster("jobs", "status", "whole", "--json").json
     assert (told["state"], told["progress"]["stage"], told["message"]) == ("succeeded", STAGES[-1], None)
-    logs = answer(cluster("jobs", "logs", "whole", "--json"))["logs"]
+    logs = cluster("jobs", "logs", "whole", "--json").json["logs"]
     assert f"{run}: finished" in logs
     assert not [line for line in logs if line.startswith("influence-progress")]
     found = Run(run, model=str(moved.model)).query("Lisbon lies on", " the Tagus.", k=3)
@@ -77,37 +89,35 @@ def test_submitted_run_is_the_one_of_this_machine_and_answers(
 
 
 def test_job_stopped_in_the_middle_and_submitted_again_ends_with_the_same_bytes(
-    cluster: Cluster, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Influence, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its run directory in an object store, which the job and this machine reach; and a second job on it is refused."""
-    one_each = {"sequences_per_shard": 1}  # so many units that the job can be met in the middle
-    undisturbed = run_pipeline(world.settings(tmp_path / "undisturbed", data=one_each)).directory.path
+    few_each = {"sequences_per_shard": 4}  # so many units that the job can be met in the middle
+    undisturbed = run_pipeline(world.settings(tmp_path / "undisturbed", data=few_each)).directory.path
     monkeypatch.setattr(lease, "RENEWED_EVERY", 1000.0)
     with object_server(tmp_path / "log") as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("INFLUENCE_CACHE", str(tmp_path / "here"))
         url = f"s3://{BUCKET}/run"
-        config = write_yaml(tmp_path / "config.yaml", world.settings(url, data=one_each, resources=one_thread_each()))
+        config = write_yaml(tmp_path / "config.yaml", world.settings(url, data=few_each, resources=one_thread_each()))
         passed = [word for name, value in server.environment.items() for word in ("--env", f"{name}={value}")]
         with StoredRunDirectory(url).exclusive():  # the job waits for a sign of life, and meanwhile works on nothing
-            first = answer(cluster("submit", config, "--name", "first", "--json", *passed, "--env", f"INFLUENCE_CACHE={tmp_path / 'a'}"))
+            first = cluster("submit", config, "--name", "first", "--json", *passed, "--env", f"INFLUENCE_CACHE={tmp_path / 'a'}").json
             assert first["state"] in ("pending", "running")
-            status, out, err = cluster("submit", config, *passed)
-            assert (status, out) == (2, "")
-            assert f"the job 'first' is working on {url} already" in err
+            cluster("submit", config, *passed).says(f"the job 'first' is working on {url} already")
         wait_until_stored(ObjectStore(url), "covariances")
         server.halt()  # and with it the job, in the middle
-        assert answer(cluster("jobs", "stop", "first", "--json"))["state"] == "stopped"
+        assert cluster("jobs", "stop", "first", "--json").json["state"] == "stopped"
         server.go_on()
         assert not ObjectStore(url).names("fidelity")
-        second = answer(cluster("submit", config, "--json", "--wait", *passed, "--env", f"INFLUENCE_CACHE={tmp_path / 'b'}"))
+        second = cluster("submit", config, "--json", "--wait", *passed, "--env", f"INFLUENCE_CACHE={tmp_path / 'b'}").json
         assert second["state"] == "succeeded"
         directory = StoredRunDirectory(url)
         for stage in STAGES:
             directory.bring(stage, directory.unit_names(stage))
         assert artifacts(directory.path) == artifacts(undisturbed)
-        assert answer(cluster("status", url, "--json"))["finished"]
+        assert cluster("status", url, "--json").json["finished"]
 
 
 def wait_until_stored(store: ObjectStore, stage: str) -> None:
@@ -117,16 +127,16 @@ def wait_until_stored(store: ObjectStore, stage: str) -> None:
         time.sleep(0.1)
 
 
-def test_job_that_fails_says_why_and_ends_with_status_one(cluster: Cluster, world: World, tmp_path: Path) -> None:
+def test_job_that_fails_says_why_and_ends_with_status_one(cluster: Influence, world: World, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "config.yaml", world.settings(tmp_path / "run", model={"name": "/nowhere/model"}))
-    status, out, err = cluster("submit", config, "--name", "wrong", "--follow")
-    assert (status, out) == (1, "")
+    failed = cluster("submit", config, "--name", "wrong", "--follow")
+    assert (failed.status, failed.out) == (1, "")
     reason = "there is no model directory at /nowhere/model"
-    assert f"wrong: failed: {reason}" in err.splitlines()[-1]
-    assert "error: " + reason in err
-    assert reason in answer(cluster("jobs", "status", "wrong", "--json"))["message"]
-    status, out, err = cluster("submit", config, "--name", "wrong")
-    assert (status, out, err) == (2, "", "error: the cluster had a job 'wrong' already (failed): take another --name, or none\n")
+    assert f"wrong: failed: {reason}" in failed.err.splitlines()[-1]
+    assert "error: " + reason in failed.err
+    assert reason in cluster("jobs", "status", "wrong", "--json").json["message"]
+    again = cluster("submit", config, "--name", "wrong")
+    assert again == Outcome(2, "", "error: the cluster had a job 'wrong' already (failed): take another --name, or none\n")
 
 
 @pytest.mark.parametrize(
@@ -143,11 +153,11 @@ def test_job_that_fails_says_why_and_ends_with_status_one(cluster: Cluster, worl
         (["jobs", "status", "a/b"], "has no job 'a/b'"),
     ],
 )
-def test_wrong_request_is_one_line(words: list[str], message: str, cluster: Cluster, world: World, tmp_path: Path) -> None:
+def test_wrong_request_is_one_line(words: list[str], message: str, cluster: Influence, world: World, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "config.yaml", world.settings(tmp_path / "run"))
-    status, out, err = cluster(*[config if word == "CONFIG" else word for word in words])
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert message in err
+    outcome = cluster(*[config if word == "CONFIG" else word for word in words])
+    outcome.says(message)
+    assert outcome.err.count("\n") == 1
 
 
 def test_cluster_with_tokens_refuses_who_has_none_or_another(head: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
