@@ -4,7 +4,7 @@ Plain arrays of scores; knows neither runs nor rows.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,12 @@ DEPTHS = (10, 20, 50, 100, 200, 400, 800, 1600)
 """Numbers of candidates that it is measured among."""
 
 ENOUGH = 0.99
+WIDER = (2, 4)
+"""How many times as long rows are considered when an index is measured."""
+
+COARSE = 0.95
+"""An NDCG@20 below which longer rows are worth their bytes: the default's is .99 on ordinary text (benchmarks/NOTES.md)."""
+
 LEAST_CANDIDATES = 100
 """Completions of a few tokens are a little harder than the halves of sequences that the index is measured with (benchmarks/NOTES.md)."""
 
@@ -50,13 +56,20 @@ class Fidelity:
     num_queries: int
     spearman: float | None  # of estimated with exact scores, over all sequences (a sample of them where there are many)
     ends: dict[str, EndFidelity]  # by `end_name`
+    of_wider: dict[int, float] = field(default_factory=dict)  # NDCG@20 of proponents to expect of rows so many times as long
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the ranking before the rerank is clearly not that of exact scores, or 200 candidates miss some of its top 10."""
+        end = self.end(normalized=False, opponents=False)
+        return end.ndcg_at_20 < COARSE or (end.recall_at(10, 200) or 1) < ENOUGH
 
     def end(self, normalized: bool, opponents: bool) -> EndFidelity:
         return self.ends[end_name(normalized, opponents)]
 
     def to_json(self) -> dict[str, Any]:
         ends = {name: {"ndcg_at_20": end.ndcg_at_20, "recall": end.recall} for name, end in self.ends.items()}
-        return {"queries": self.num_queries, "spearman": self.spearman, "rankings": ends}
+        return {"queries": self.num_queries, "spearman": self.spearman, "rankings": ends, "ndcg_at_20_of_wider": self.of_wider}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Fidelity":
@@ -67,7 +80,8 @@ class Fidelity:
             )
             for name, end in content["rankings"].items()
         }
-        return cls(num_queries=content["queries"], spearman=content["spearman"], ends=ends)
+        wider = {int(times): share for times, share in content.get("ndcg_at_20_of_wider", {}).items()}  # not measured by earlier versions
+        return cls(num_queries=content["queries"], spearman=content["spearman"], ends=ends, of_wider=wider)
 
 
 def end_name(normalized: bool, opponents: bool) -> str:
@@ -88,6 +102,19 @@ def end_fidelity(exact: NDArray[Any], ranked: NDArray[np.int64]) -> EndFidelity:
         recall[k] = {depth: float(np.mean(share)) for depth, share in zip(depths, shares, strict=True)}
     gains = [_ndcg(row, found, truth) for row, found, truth in zip(exact, lists, truths, strict=True)]
     return EndFidelity(ndcg_at_20=float(np.mean(gains)), recall=recall)
+
+
+def ndcg_of_wider(exact: NDArray[Any], estimates: NDArray[Any], times: float) -> float:
+    """The NDCG@20 to expect of rows `times` as long, from exact scores and estimates [Q, N] of the same sequences.
+
+    An estimate is a share of the exact score, which shrinkage leaves, and an error that falls with the root of the length (`indexing.features`).
+    """
+    known = np.isfinite(exact)
+    scores, found = np.where(known, exact, 0), np.where(known, estimates, 0)
+    size = (scores**2).sum(1, keepdims=True)
+    share = (scores * found).sum(1, keepdims=True) / np.where(size > 0, size, 1)
+    expected = np.where(known, share * scores + (found - share * scores) / np.sqrt(times), -np.inf)
+    return end_fidelity(exact, ranked_by(expected, 20)).ndcg_at_20
 
 
 def _order(scores: NDArray[Any]) -> NDArray[np.int64]:

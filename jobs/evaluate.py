@@ -138,6 +138,10 @@ def lds(
     address: Address = None,
     method: Methods = None,
     scores: ScoreFiles = None,
+    damping: Annotated[
+        list[float] | None,
+        typer.Option("--damping", help="also EK-FAC with this damping, relative to each layer's mean eigenvalue; may be repeated"),
+    ] = None,
     refine_steps: RefineSteps = RefineOptions.steps,
     refine_sequences: RefineSequences = RefineOptions.sequences,
     also: AlsoRuns = None,
@@ -148,6 +152,7 @@ def lds(
     debug: Debug = False,
 ) -> None:
     """The linear datamodelling score: predicted against real losses of models retrained on random halves of the data."""
+    from influence.evaluation.dampings import check_dampings
     from influence.evaluation.methods import read_scores
     from jobs.lds import measure_lds, scored
     from jobs.retraining import check_whole
@@ -163,6 +168,7 @@ def lds(
     for one in runs:
         check_whole(one, "lds")
     methods, files = _methods(method, scores)
+    check_dampings(damping or [])
     directory = _directory_for(run, out)
     asked = measurements_of(run, None, None, None, None, queries)
     external = {name: read_scores(path, len(asked), len(run.store)) for name, path in files.items()}
@@ -175,6 +181,7 @@ def lds(
         [measurement for _, measurement in asked],
         replace(RefineOptions(steps=refine_steps, sequences=refine_sequences), training_share=share),
         {name: table[places] for name, table in external.items()},
+        damping or [],
     )
     path, known = make_bank()
     _finish(measure_lds(runs, asked, tables, known, path, directory), as_json)

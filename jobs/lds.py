@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from influence.evaluation.bank import Bank
+from influence.evaluation.dampings import scores_by_damping
 from influence.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES
 from influence.evaluation.lds import (
     DatamodellingScore,
@@ -139,14 +140,21 @@ def scored(
     measurements: Sequence[Measurement],
     refine: RefineOptions,
     external: Mapping[str, NDArray[np.float64]],
+    dampings: Sequence[float] = (),
 ) -> list[Scores]:
-    """The scores of all methods, with a progress bar for each that is computed; the external ones last."""
+    """The scores of all methods, then those of EK-FAC with each damping, with a progress bar for each that is computed; the external ones last."""
     found = []
     for method in methods:
         start = time.perf_counter()
         with bar(f"scores by {method}") as progress:
             table = scores_by(method, runs, measurements, refine, progress.advance)
         found.append(Scores(name=method, table=table, seconds=time.perf_counter() - start))
+    if dampings:
+        start = time.perf_counter()
+        with bar("scores by damping") as progress:
+            tables = scores_by_damping(dampings, runs, measurements, progress.advance)
+        each = (time.perf_counter() - start) / len(tables)
+        found += [Scores(name=f"ekfac, damping {damping:g}", table=table, seconds=each) for damping, table in tables.items()]
     return found + [Scores(name=name, table=table, seconds=None) for name, table in external.items()]
 
 

@@ -47,7 +47,7 @@ from influence.config import Config
 from influence.documents import data_fingerprint, read_documents
 from influence.errors import RequestError
 from influence.evaluation.fidelity import rows_of_queries
-from influence.fidelity import DEPTHS, Fidelity, end_fidelity, end_name, rank_correlation
+from influence.fidelity import DEPTHS, WIDER, Fidelity, end_fidelity, end_name, ndcg_of_wider, rank_correlation
 from influence.lexical import write_lexical
 from influence.measurement import Measurement
 from influence.model import (
@@ -353,8 +353,10 @@ def _fidelity(run: Run, _: Config, unit: str) -> Write:
             others = np.stack([_without(row, number) for row, (number, _) in zip(found, queries, strict=True)])
             ends[end_name(normalized, opponents)] = end_fidelity(truth, others)
     sample = run.sample(trained)
-    spearman = rank_correlation(exact[:, sample], row_scores(rows, run.rows, sample))
-    measured = Fidelity(num_queries=len(queries), spearman=spearman, ends=ends)
+    estimates = row_scores(rows, run.rows, sample)
+    spearman = rank_correlation(exact[:, sample], estimates)
+    wider = {times: ndcg_of_wider(exact[:, sample], estimates, times) for times in WIDER}
+    measured = Fidelity(num_queries=len(queries), spearman=spearman, ends=ends, of_wider=wider)
 
     def write(directory: Path) -> None:
         (directory / "fidelity.json").write_text(json.dumps(measured.to_json()), encoding="utf-8")

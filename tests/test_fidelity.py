@@ -13,7 +13,7 @@ from small_run import Influence, World, run_pipeline, write_jsonl
 from influence.answering import QueryOptions, num_candidates
 from influence.config import load_config
 from influence.errors import RequestError
-from influence.fidelity import DEPTHS, EndFidelity, Fidelity, end_fidelity, end_name, rank_correlation, ranked_by
+from influence.fidelity import DEPTHS, EndFidelity, Fidelity, end_fidelity, end_name, ndcg_of_wider, rank_correlation, ranked_by
 from influence.run import Run
 from jobs.driver import run_all
 from jobs.stages import STAGES
@@ -84,6 +84,51 @@ def test_rank_correlation_is_spearmans_where_there_is_one() -> None:
 
 def test_a_single_sequence_can_be_measured() -> None:
     assert end_fidelity(np.ones((1, 1)), np.zeros((1, 1), dtype=np.int64)).recall == {1: {1: 1.0}}
+
+
+def test_wider_rows_are_worth_what_is_expected_of_them() -> None:
+    """From the signs of 400 random projections, against the signs of 1,600: some of 600 sequences share a part with the query."""
+    rng = np.random.default_rng(0)
+    expected, measured = [], []
+    for _ in range(4):
+        queries, rows = rng.normal(size=(4, 3000)), rng.normal(size=(600, 3000))
+        for place, query in enumerate(queries):
+            rows[40 * place : 40 * (place + 1)] += 0.1 * rng.exponential(size=(40, 1)) * query
+        exact, projection = queries @ rows.T, rng.normal(size=(3000, 1600))
+        by_width = {}
+        for width in (400, 1600):
+            spread = rows @ projection[:, :width] / np.sqrt(width)
+            scales = (spread**2).sum(1) / np.abs(spread).sum(1)
+            by_width[width] = queries @ projection[:, :width] / np.sqrt(width) @ np.sign(spread).T * scales
+        narrow, wide = (end_fidelity(exact, ranked_by(estimates)).ndcg_at_20 for estimates in by_width.values())
+        assert ndcg_of_wider(exact, by_width[400], 1) == pytest.approx(narrow)
+        assert ndcg_of_wider(exact, by_width[400], 1e12) == pytest.approx(1)
+        expected.append(ndcg_of_wider(exact, by_width[400], 4))
+        measured.append(wide)
+        assert wide > narrow + 0.05  # so that to expect no change would be wrong
+    # 16 queries; means of four differ by .01 from one projection to the next
+    assert np.mean(expected) == pytest.approx(np.mean(measured), abs=0.03)
+
+
+def test_a_coarse_index_is_told_from_a_good_one() -> None:
+    def measured(ndcg: float, recall: float) -> Fidelity:
+        found = EndFidelity(ndcg_at_20=ndcg, recall={10: {100: 0.9, 200: recall}})
+        return Fidelity(num_queries=1, spearman=None, ends={"proponents": found})
+
+    assert measured(0.94, 1.0).is_coarse
+    assert measured(0.96, 0.98).is_coarse
+    assert not measured(0.96, 0.99).is_coarse
+
+
+def test_a_coarse_index_says_what_more_bytes_would_give(world: World, tmp_path: Path, influence: Influence) -> None:
+    settings = world.settings(tmp_path / "run", index={"bytes_per_sequence": 40})
+    run = run_pipeline(settings)
+    assert run.fidelity is not None
+    assert run.fidelity.is_coarse
+    assert list(run.fidelity.of_wider) == [2, 4]
+    expected = ", ".join(f"{40 * times} would give about {share:.3f}" for times, share in run.fidelity.of_wider.items())
+    assert f"with 40 bytes a sequence; {expected} (index.bytes_per_sequence" in influence("status", tmp_path / "run").out
+    assert influence("status", tmp_path / "run", "--json").json["fidelity"]["ndcg_at_20_of_wider"].keys() == {"2", "4"}
 
 
 # how many candidates
