@@ -124,13 +124,14 @@ def demo(
     flip: Annotated[
         float, typer.Option("--flip", metavar="SHARE", help="make so much of the planted statements wrong, for `evaluate mislabel`")
     ] = 0.0,
+    flip_seed: Annotated[int, typer.Option("--flip-seed", min=0, help="which statements --flip makes wrong")] = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """The whole main job on real text, offline: data, model, factors, index, queries with known answers, report."""
     from jobs.demo.run import run_demo
 
-    outcome = run_demo(out, workers, flip)
+    outcome = run_demo(out, workers, flip, flip_seed)
     if as_json:
         _print_json(outcome.to_json())
     else:
