@@ -34,13 +34,16 @@ from jobs.options import (
     AlsoRuns,
     AsOne,
     ByOutputToken,
+    Completion,
     Data,
     Debug,
     DirectionFile,
+    Exact,
     Json,
     Memory,
     ModelOption,
     Normalize,
+    Prompt,
     Queries,
     Reduce,
     Refine,
@@ -180,11 +183,11 @@ def status(
 @app.command()
 def query(
     run: RunPlace,
-    prompt: Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)] = None,
-    completion: Annotated[str | None, typer.Argument(help="what the model said", show_default=False)] = None,
+    prompt: Prompt = None,
+    completion: Completion = None,
     k: Annotated[int, typer.Option("-k", help="how many sequences")] = 10,
     opponents: Annotated[bool, typer.Option("--opponents", help="the most negative sequences instead of the most positive")] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
+    exact: Exact = False,
     contrast: Annotated[str | None, typer.Option("--contrast", help="another completion: explain the difference to it")] = None,
     span: Annotated[
         str | None, typer.Option("--span", metavar="A:B", help="only tokens A to B-1 of the completion; several spans as A:B,C:D")

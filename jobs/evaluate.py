@@ -16,7 +16,6 @@ from jobs.evaluation_options import (
     Address,
     Comparison,
     Opening,
-    QueryFile,
     Random,
     ScoreFiles,
     Scoring,
@@ -27,7 +26,7 @@ from jobs.evaluation_options import (
     given,
     resources,
 )
-from jobs.options import AlsoRuns, RefineSequences, RefineSteps, RunPlace, open_within, with_groups
+from jobs.options import AlsoRuns, RefineSequences, RefineSteps, RequiredQueries, RunPlace, open_within, with_groups
 from jobs.progress import say
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def fidelity(
 @with_groups
 def lds(
     context: typer.Context,
-    queries: QueryFile,
+    queries: RequiredQueries,
     training: Training,
     scoring: Scoring,
     opening: Opening,
@@ -160,7 +159,7 @@ def _halves(compared: Comparison, training: Training, num_subsets: int) -> Sourc
 @with_groups
 def removal(
     context: typer.Context,
-    queries: QueryFile,
+    queries: RequiredQueries,
     training: Training,
     scoring: Scoring,
     opening: Opening,
@@ -189,7 +188,7 @@ def removal(
 @with_groups
 def tailpatch(
     context: typer.Context,
-    queries: QueryFile,
+    queries: RequiredQueries,
     scoring: Scoring,
     opening: Opening,
     k: Sizes = None,
@@ -254,7 +253,7 @@ def mislabel(
 @with_groups
 def pbrf(
     context: typer.Context,
-    queries: QueryFile,
+    queries: RequiredQueries,
     opening: Opening,
     copies: Annotated[int, typer.Option("--copies", help="of how many training sequences one more copy is made, one at a time")] = 20,
     refine_steps: RefineSteps = PBRF_STEPS,

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 DEFAULT_METHODS = ("ekfac", "gradient-cosine", "bm25")
 
-QueryFile = Annotated[
-    Path, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or messages; or input_ids")
-]
 ScoreFiles = Annotated[
     list[str] | None,
     typer.Option("--scores", metavar="NAME=FILE", help=".npy file [queries, sequences] of another method's scores; may be repeated"),

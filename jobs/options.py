@@ -21,6 +21,9 @@ from influence.run import Run, open_run
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="run directory, or s3://bucket/run or gs://bucket/run")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Prompt = Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)]
+Completion = Annotated[str | None, typer.Argument(help="what the model said", show_default=False)]
+Exact = Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")]
 Refine = Annotated[
     bool, typer.Option("--refine", help="solve with the exact Gauss-Newton Hessian by conjugate gradients, EK-FAC being the preconditioner")
 ]
@@ -33,9 +36,9 @@ AlsoRuns = Annotated[
 Where = Annotated[
     str | None, typer.Option("--where", help="only sequences whose metadata fulfil this, such as \"source = 'web' and year < 2023\"")
 ]
-Queries = Annotated[
-    Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or messages; or input_ids")
-]
+_QUERIES = typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or messages; or input_ids")
+Queries = Annotated[Path | None, _QUERIES]
+RequiredQueries = Annotated[Path, _QUERIES]
 AsOne = Annotated[
     str | None, typer.Option("--as-one", metavar="mean|sum", help="ask the queries of --queries as one; a line may have a weight")
 ]

@@ -27,7 +27,7 @@ from influence.solving import check_movable, check_refinable
 from jobs.answers import Asked
 from jobs.outcomes import plotted, where, write_plotted
 from jobs.scoring import Tables, score_tables
-from jobs.units import do_missing
+from jobs.units import do_missing, do_unit, numbers_of
 
 FORMAT = 1
 """Version of how a response is solved for. Another one starts anew."""
@@ -129,15 +129,12 @@ class ResponseWork:
         return in_float64(attributed.model, attributed.layers, run.factors, run.refining_damping, sequences, len(run.training))
 
     def do(self, _: str, unit: str) -> None:
-        plan = self.responses
-        made_from = plan.unit_fingerprint(unit)
-        if self.run.directory.is_done(plan.place, unit, made_from):
-            return
-        found = response(self.problem, self.run.training[int(unit.removeprefix("sequence-"))], plan.measurements)
-        values = np.append(found.changes, found.residual)
-        self.run.directory.write_unit(
-            plan.place, unit, made_from, lambda place: np.save(place / "response.npy", values, allow_pickle=False)
-        )
+        do_unit(self.run, self.responses, unit, "response", lambda: self._response(int(unit.removeprefix("sequence-"))))
+
+    def _response(self, number: int) -> NDArray[np.float64]:
+        """[Q + 1]: the changes, and the residual."""
+        found = response(self.problem, self.run.training[number], self.responses.measurements)
+        return np.append(found.changes, found.residual)
 
 
 def measure_pbrf(
@@ -163,9 +160,7 @@ def measure_pbrf(
     units = [f"sequence-{number:08d}" for number in copies]
     with run.directory.exclusive():
         do_missing(run, responses, units, ResponseWork(responses), resources, "proximal Bregman responses")
-    kept = np.stack(
-        [np.load(run.directory.unit_path(responses.place, unit) / "response.npy", allow_pickle=False) for unit in units], axis=1
-    )
+    kept = np.stack([numbers_of(run, responses, unit, "response") for unit in units], axis=1)
     changes, scores = kept[:-1], {name: table[:, copies] / len(run.training) for name, table in tables.items()}
     return PbrfOutcome(
         run=run,
