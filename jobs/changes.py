@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from influence.evaluation.changes import Change
-from influence.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES, Estimate
-from influence.evaluation.plot import PlottedLine, line_plot
+from influence.evaluation.intervals import Estimate
+from influence.evaluation.plot import line_plot
 from influence.run import Run
-from influence.run_directory import write_file, write_json
+from jobs.outcomes import plotted, where, write_plotted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,55 +29,30 @@ class ChangesOutcome:
     out: Path
 
     def to_json(self) -> dict[str, Any]:
-        made_from = self.run.description["fingerprints"]
-        return {
-            "metric": self.metric,
-            "run": str(self.run.directory),
-            "changes": [change.to_json() for change in self.changes],
-            "queries": list(self.queries),
-            **self.facts,
-            "num_sequences": len(self.run.store),
-            "confidence": CONFIDENCE,
-            "num_resamples": NUM_RESAMPLES,
-            "plot": str(self.out / f"{self.metric}.png"),
-            "provenance": {
-                **{name: made_from[name] for name in ("model", "tokenizer", "data")},
-                "factors": self.run.fingerprints["factors"],
-                "damping": self.run.description["settings"]["factors"]["damping"],
-            },
-        }
+        changes = {"changes": [change.to_json() for change in self.changes], "queries": list(self.queries)}
+        return plotted(self.metric, self.run, self.out, {**changes, **self.facts, "num_sequences": len(self.run.store)})
 
     def print(self, console: Console) -> None:
         first = self.changes[0].method
         far = {change.k: change.as_far_as for change in self.changes if change.method == first}
-        table = Table("sequences", "chosen by", "change, nats", "95%", f"{first}, times as far", "95%")
+        table = Table("sequences", "chosen by", "change, nats", "95%", "beyond random", "95%", f"{first}, times as far", "95%")
         for change in self.changes:
             size = f"{change.k} ({change.k / len(self.run.store):.1%})" if change.method == first else ""
             times = far[change.k].get(change.method)
-            row = ["", ""] if times is None else [f"{times.value:.1f}", _interval(times, ".1f")]
-            table.add_row(size, change.method, f"{change.mean.value:+.3f}", _interval(change.mean, "+.3f"), *row)
+            cells = [(change.mean, "+.3f"), (change.beyond_random, "+.3f"), (times, ".1f")]
+            row = [text for one, form in cells for text in (("", "") if one is None else (f"{one.value:{form}}", _interval(one, form)))]
+            table.add_row(size, change.method, *row)
         console.print(table)
         for line in self.notes:
             console.print(line)
-        console.print(f"written: {self.out / f'{self.metric}.json'}, {self.out / f'{self.metric}.png'}")
+        console.print(where(self.out, self.metric))
 
     def write(self) -> None:
-        """The JSON and the PNG in the directory `out`, each appearing whole or not at all."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        by_method = {name: [c for c in self.changes if c.method == name] for name in dict.fromkeys(c.method for c in self.changes)}
-        lines = [
-            PlottedLine(
-                name=name,
-                places=tuple(float(change.k) for change in own),
-                values=tuple(change.mean.value for change in own),
-                intervals=tuple(change.mean.interval or (change.mean.value, change.mean.value) for change in own),
-            )
-            for name, own in by_method.items()
-        ]
+        methods = dict.fromkeys(change.method for change in self.changes)
+        lines = {name: {change.k: change.mean for change in self.changes if change.method == name} for name in methods}
         up = f"change of log-probability, nats\n{len(self.queries)} queries, 95% intervals"
         image = line_plot(lines, title=self.title, across=f"sequences of {len(self.run.store):,}", up=up)
-        write_file(self.out / f"{self.metric}.png", image)
-        write_json(self.out / f"{self.metric}.json", self.to_json())
+        write_plotted(self.out, self.metric, self.to_json(), image)
 
 
 def _interval(estimate: Estimate, form: str) -> str:

@@ -34,13 +34,16 @@ from jobs.options import (
     AlsoRuns,
     AsOne,
     ByOutputToken,
+    Completion,
     Data,
     Debug,
     DirectionFile,
+    Exact,
     Json,
     Memory,
     ModelOption,
     Normalize,
+    Prompt,
     Queries,
     Reduce,
     Refine,
@@ -124,13 +127,14 @@ def demo(
     flip: Annotated[
         float, typer.Option("--flip", metavar="SHARE", help="make so much of the planted statements wrong, for `evaluate mislabel`")
     ] = 0.0,
+    flip_seed: Annotated[int, typer.Option("--flip-seed", min=0, help="which statements --flip makes wrong")] = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """The whole main job on real text, offline: data, model, factors, index, queries with known answers, report."""
     from jobs.demo.run import run_demo
 
-    outcome = run_demo(out, workers, flip)
+    outcome = run_demo(out, workers, flip, flip_seed)
     if as_json:
         _print_json(outcome.to_json())
     else:
@@ -179,11 +183,11 @@ def status(
 @app.command()
 def query(
     run: RunPlace,
-    prompt: Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)] = None,
-    completion: Annotated[str | None, typer.Argument(help="what the model said", show_default=False)] = None,
+    prompt: Prompt = None,
+    completion: Completion = None,
     k: Annotated[int, typer.Option("-k", help="how many sequences")] = 10,
     opponents: Annotated[bool, typer.Option("--opponents", help="the most negative sequences instead of the most positive")] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")] = False,
+    exact: Exact = False,
     contrast: Annotated[str | None, typer.Option("--contrast", help="another completion: explain the difference to it")] = None,
     span: Annotated[
         str | None, typer.Option("--span", metavar="A:B", help="only tokens A to B-1 of the completion; several spans as A:B,C:D")

@@ -19,6 +19,7 @@ from influence.evaluation.fidelity import RankingFidelity, ranking_fidelities
 from influence.run import Run
 from influence.run_directory import write_json
 from jobs.answers import Asked
+from jobs.outcomes import provenance
 from jobs.progress import bar
 from jobs.stages import sample_queries
 
@@ -38,7 +39,6 @@ class FidelityOutcome:
     path: Path
 
     def to_json(self) -> dict[str, Any]:
-        made_from = self.run.description["fingerprints"]
         return {
             "metric": "fidelity",
             "run": str(self.run.directory),
@@ -47,11 +47,7 @@ class FidelityOutcome:
             "queries_are": "held out" if self.held_out else "halves of training sequences",
             "num_sequences": self.num_sequences,
             "seconds": round(self.seconds, 3),
-            "provenance": {
-                **{name: made_from[name] for name in ("model", "tokenizer", "data")},
-                "factors": self.run.fingerprints["factors"],
-                "damping": self.run.description["settings"]["factors"]["damping"],
-            },
+            "provenance": provenance(self.run),
         }
 
     def write(self) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from influence.evaluation.bank import Bank
 from influence.evaluation.dampings import scores_by_damping
-from influence.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES
+from influence.evaluation.intervals import Estimate
 from influence.evaluation.lds import (
     DatamodellingScore,
     Difference,
@@ -25,12 +25,12 @@ from influence.evaluation.lds import (
     noise_ceiling,
 )
 from influence.evaluation.methods import scores_by
-from influence.evaluation.plot import PlottedScore, score_plot
+from influence.evaluation.plot import score_plot
 from influence.measurement import Measurement
 from influence.refinement import RefineOptions
 from influence.run import Run
-from influence.run_directory import write_file, write_json
 from jobs.answers import Asked
+from jobs.outcomes import plotted, where, write_plotted
 from jobs.progress import bar
 
 
@@ -77,10 +77,7 @@ class LdsOutcome:
     out: Path
 
     def to_json(self) -> dict[str, Any]:
-        made_from = self.runs[0].description["fingerprints"]
-        return {
-            "metric": "lds",
-            "run": str(self.runs[0].directory),
+        found = {
             "averaged_over": [str(run.directory) for run in self.runs],
             "methods": [measured.to_json() for measured in self.methods],
             "ceiling": self.ceiling,
@@ -88,16 +85,9 @@ class LdsOutcome:
             "num_subsets": self.bank.num_subsets,
             "num_seeds": self.bank.num_seeds,
             "num_sequences": len(self.runs[0].store),
-            "confidence": CONFIDENCE,
-            "num_resamples": NUM_RESAMPLES,
             "bank": str(self.bank_path),
-            "plot": str(self.out / "lds.png"),
-            "provenance": {
-                **{name: made_from[name] for name in ("model", "tokenizer", "data")},
-                "factors": self.runs[0].fingerprints["factors"],
-                "damping": self.runs[0].description["settings"]["factors"]["damping"],
-            },
         }
+        return plotted("lds", self.runs[0], self.out, found)
 
     def print(self, console: Console) -> None:
         first = self.methods[0].name
@@ -111,15 +101,12 @@ class LdsOutcome:
         ceiling = "not known from one seed" if self.ceiling is None else f"{self.ceiling:.3f}"
         console.print(f"{self._sizes}; noise ceiling {ceiling}")
         console.print(f"bank: {self.bank_path}")
-        console.print(f"written: {self.out / 'lds.json'}, {self.out / 'lds.png'}")
+        console.print(where(self.out, "lds"))
 
     def write(self) -> None:
-        """lds.json and lds.png in the directory `out`, each appearing whole or not at all."""
-        scores = [PlottedScore(name=m.name, value=m.score.value, interval=m.score.interval) for m in self.methods]
+        scores = {m.name: Estimate(value=m.score.value, interval=m.score.interval) for m in self.methods}
         title, axis = "How well scores predict the loss after retraining", f"linear datamodelling score and 95% interval\n{self._sizes}"
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_file(self.out / "lds.png", score_plot(scores, self.ceiling, title=title, axis=axis))
-        write_json(self.out / "lds.json", self.to_json())
+        write_plotted(self.out, "lds", self.to_json(), score_plot(scores, self.ceiling, title=title, axis=axis))
 
     @property
     def _sizes(self) -> str:

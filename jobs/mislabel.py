@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from influence.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES, Estimate
+from influence.evaluation.intervals import Estimate
 from influence.evaluation.mislabel import Labels, auc, label_scores, labels_of
-from influence.evaluation.plot import PlottedScore, score_plot
+from influence.evaluation.plot import score_plot
 from influence.run import Run
-from influence.run_directory import write_file, write_json
 from jobs.answers import read_queries
+from jobs.outcomes import plotted, where, write_plotted
 from jobs.progress import bar
 
 
@@ -32,25 +32,12 @@ class MislabelOutcome:
     out: Path
 
     def to_json(self) -> dict[str, Any]:
-        made_from = self.run.description["fingerprints"]
-        return {
-            "metric": "mislabel",
-            "run": str(self.run.directory),
-            "scores": [
-                {"name": name, "auc": area.value, "interval": area.interval, "found_in_first": self.found_in_first(name)}
-                for name, area in self.areas.items()
-            ],
-            "num_labels": len(self.labels.wrong),
-            "num_wrong": int(self.labels.wrong.sum()),
-            "confidence": CONFIDENCE,
-            "num_resamples": NUM_RESAMPLES,
-            "plot": str(self.out / "mislabel.png"),
-            "provenance": {
-                **{name: made_from[name] for name in ("model", "tokenizer", "data")},
-                "factors": self.run.fingerprints["factors"],
-                "damping": self.run.description["settings"]["factors"]["damping"],
-            },
-        }
+        scores = [
+            {"name": name, "auc": area.value, "interval": area.interval, "found_in_first": self.found_in_first(name)}
+            for name, area in self.areas.items()
+        ]
+        counts = {"num_labels": len(self.labels.wrong), "num_wrong": int(self.labels.wrong.sum())}
+        return plotted("mislabel", self.run, self.out, {"scores": scores, **counts})
 
     def found_in_first(self, name: str) -> float:
         """The share of the first n labels by this score that are wrong, n being how many are."""
@@ -60,22 +47,16 @@ class MislabelOutcome:
     def print(self, console: Console) -> None:
         table = Table("ranking by", "AUC", "95%", "wrong among the first n")
         for name, area in self.areas.items():
-            low, high = area.interval or (area.value, area.value)
+            low, high = area.ends
             table.add_row(name, f"{area.value:.3f}", f"{low:.3f} – {high:.3f}", f"{self.found_in_first(name):.0%}")
         console.print(table)
         console.print(f"{len(self.labels.wrong)} labels, n = {int(self.labels.wrong.sum())} of them wrong")
-        console.print(f"written: {self.out / 'mislabel.json'}, {self.out / 'mislabel.png'}")
+        console.print(where(self.out, "mislabel"))
 
     def write(self) -> None:
-        """mislabel.json and mislabel.png in the directory `out`, each appearing whole or not at all."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        scores = [
-            PlottedScore(name=name, value=area.value, interval=area.interval or (area.value, area.value))
-            for name, area in self.areas.items()
-        ]
         axis = f"area under the ROC curve and 95% interval\n{int(self.labels.wrong.sum())} of {len(self.labels.wrong)} labels are wrong"
-        write_file(self.out / "mislabel.png", score_plot(scores, None, title="How well wrong labels are told from right ones", axis=axis))
-        write_json(self.out / "mislabel.json", self.to_json())
+        image = score_plot(self.areas, None, title="How well wrong labels are told from right ones", axis=axis)
+        write_plotted(self.out, "mislabel", self.to_json(), image)
 
 
 def read_labels(run: Run, path: Path) -> Labels:

@@ -6,6 +6,7 @@ The latter are made from the configuration's own models, so that the two cannot 
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,9 @@ from influence.run import Run, open_run
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="run directory, or s3://bucket/run or gs://bucket/run")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output and nothing else there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Prompt = Annotated[str | None, typer.Argument(help="what came before the completion", show_default=False)]
+Completion = Annotated[str | None, typer.Argument(help="what the model said", show_default=False)]
+Exact = Annotated[bool, typer.Option("--exact", help="scan all sequences instead of the index's candidates")]
 Refine = Annotated[
     bool, typer.Option("--refine", help="solve with the exact Gauss-Newton Hessian by conjugate gradients, EK-FAC being the preconditioner")
 ]
@@ -32,9 +36,9 @@ AlsoRuns = Annotated[
 Where = Annotated[
     str | None, typer.Option("--where", help="only sequences whose metadata fulfil this, such as \"source = 'web' and year < 2023\"")
 ]
-Queries = Annotated[
-    Path | None, typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or messages; or input_ids")
-]
+_QUERIES = typer.Option("--queries", help="jsonl file of queries: id and prompt, completion; or text; or messages; or input_ids")
+Queries = Annotated[Path | None, _QUERIES]
+RequiredQueries = Annotated[Path, _QUERIES]
 AsOne = Annotated[
     str | None, typer.Option("--as-one", metavar="mean|sum", help="ask the queries of --queries as one; a line may have a weight")
 ]
@@ -75,6 +79,32 @@ def refinement(wanted: bool, steps: int, sequences: int) -> RefineOptions | None
     if not wanted and chosen != RefineOptions():
         raise RequestError("--refine-steps and --refine-sequences go with --refine")
     return chosen if wanted else None
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with each of its parameters that is a dataclass taken apart: the fields are options, and the command gets the object of them."""
+    parameters = inspect.signature(command).parameters
+    groups: dict[str, Any] = {name: one.annotation for name, one in parameters.items() if is_dataclass(one.annotation)}
+    own = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, one in parameters.items() if name not in groups]
+    taken_apart = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for group in groups.values()
+        for field in fields(group)
+    ]
+
+    def wrapped(**given: Any) -> None:
+        made = {name: group(**{field.name: given.pop(field.name) for field in fields(group)}) for name, group in groups.items()}
+        command(**given, **made)
+
+    return _with_signature(wrapped, command, [*own, *taken_apart])
+
+
+def _with_signature(wrapped: Callable[..., None], command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    """`wrapped`, which looks like the command, but for its parameters."""
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
 
 
 # What people type for the keys they need most.
@@ -122,10 +152,7 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
         overrides = {name: value for name in options if (value := given.pop(name.replace(".", "__"), None)) not in (None, [])}
         command(**given, overrides=overrides)
 
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    wrapped.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *extra]}
-    return wrapped
+    return _with_signature(wrapped, command, [*own, *extra])
 
 
 def _list_keys(model: type[BaseModel]) -> list[str]:

@@ -17,17 +17,17 @@ from rich.table import Table
 from influence.config import ResourcesConfig
 from influence.errors import RequestError
 from influence.evaluation.bank import query_digest
-from influence.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES
 from influence.evaluation.pbrf import Agreement, Problem, agreement, chosen, in_float64, response
-from influence.evaluation.plot import PlottedScore, score_plot
+from influence.evaluation.plot import score_plot
 from influence.measurement import Measurement
 from influence.refinement import RefineOptions
 from influence.run import Run
-from influence.run_directory import digest, write_file, write_json
+from influence.run_directory import digest
 from influence.solving import check_movable, check_refinable
 from jobs.answers import Asked
+from jobs.outcomes import plotted, where, write_plotted
 from jobs.scoring import Tables, score_tables
-from jobs.units import do_missing
+from jobs.units import do_missing, do_unit, numbers_of
 
 FORMAT = 1
 """Version of how a response is solved for. Another one starts anew."""
@@ -50,10 +50,7 @@ class PbrfOutcome:
     out: Path
 
     def to_json(self) -> dict[str, Any]:
-        made_from = self.run.description["fingerprints"]
-        return {
-            "metric": "pbrf",
-            "run": str(self.run.directory),
+        found = {
             "methods": [
                 {
                     "name": name,
@@ -69,15 +66,8 @@ class PbrfOutcome:
             "changes": self.changes.tolist(),
             "largest_residual": self.residual,
             "num_sequences": self.num_sequences,
-            "confidence": CONFIDENCE,
-            "num_resamples": NUM_RESAMPLES,
-            "plot": str(self.out / "pbrf.png"),
-            "provenance": {
-                **{name: made_from[name] for name in ("model", "tokenizer", "data")},
-                "factors": self.run.fingerprints["factors"],
-                "damping": self.run.refining_damping_name,
-            },
         }
+        return plotted("pbrf", self.run, self.out, found, self.run.refining_damping_name)
 
     def print(self, console: Console) -> None:
         table = Table("scores", "correlation", "95%", "rank correlation", "95%", "changes / scores")
@@ -93,16 +83,13 @@ class PbrfOutcome:
             f"{len(self.queries)} queries, one more copy of each of {len(self.copied)} sequences, divergence over {self.num_sequences} sequences; "
             f"every gradient fell to {self.residual:.1g} of its beginning or less"
         )
-        console.print(f"written: {self.out / 'pbrf.json'}, {self.out / 'pbrf.png'}")
+        console.print(where(self.out, "pbrf"))
 
     def write(self) -> None:
-        """pbrf.json and pbrf.png in the directory `out`, each appearing whole or not at all."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        shown = [(name, found.correlation) for name, found in self.agreements.items()]
-        scores = [PlottedScore(name=name, value=one.value, interval=one.interval or (one.value, one.value)) for name, one in shown]
+        scores = {name: found.correlation for name, found in self.agreements.items()}
         axis = f"correlation and 95% interval\n{len(self.queries)} queries, {len(self.copied)} sequences"
-        write_file(self.out / "pbrf.png", score_plot(scores, None, title="How scores agree with the proximal Bregman response", axis=axis))
-        write_json(self.out / "pbrf.json", self.to_json())
+        image = score_plot(scores, None, title="How scores agree with the proximal Bregman response", axis=axis)
+        write_plotted(self.out, "pbrf", self.to_json(), image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +129,12 @@ class ResponseWork:
         return in_float64(attributed.model, attributed.layers, run.factors, run.refining_damping, sequences, len(run.training))
 
     def do(self, _: str, unit: str) -> None:
-        plan = self.responses
-        made_from = plan.unit_fingerprint(unit)
-        if self.run.directory.is_done(plan.place, unit, made_from):
-            return
-        found = response(self.problem, self.run.training[int(unit.removeprefix("sequence-"))], plan.measurements)
-        values = np.append(found.changes, found.residual)
-        self.run.directory.write_unit(
-            plan.place, unit, made_from, lambda place: np.save(place / "response.npy", values, allow_pickle=False)
-        )
+        do_unit(self.run, self.responses, unit, "response", lambda: self._response(int(unit.removeprefix("sequence-"))))
+
+    def _response(self, number: int) -> NDArray[np.float64]:
+        """[Q + 1]: the changes, and the residual."""
+        found = response(self.problem, self.run.training[number], self.responses.measurements)
+        return np.append(found.changes, found.residual)
 
 
 def measure_pbrf(
@@ -176,9 +160,7 @@ def measure_pbrf(
     units = [f"sequence-{number:08d}" for number in copies]
     with run.directory.exclusive():
         do_missing(run, responses, units, ResponseWork(responses), resources, "proximal Bregman responses")
-    kept = np.stack(
-        [np.load(run.directory.unit_path(responses.place, unit) / "response.npy", allow_pickle=False) for unit in units], axis=1
-    )
+    kept = np.stack([numbers_of(run, responses, unit, "response") for unit in units], axis=1)
     changes, scores = kept[:-1], {name: table[:, copies] / len(run.training) for name, table in tables.items()}
     return PbrfOutcome(
         run=run,

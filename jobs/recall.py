@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from influence.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES, Estimate
-from influence.evaluation.plot import PlottedScore, score_plot
+from influence.evaluation.intervals import Estimate
+from influence.evaluation.plot import score_plot
 from influence.evaluation.recall import Planted, Recall, numbers_by_id, planted_in, recall
 from influence.run import Run
-from influence.run_directory import write_file, write_json
 from jobs.answers import read_queries
+from jobs.outcomes import plotted, where, write_plotted
 
 Recalls = dict[str, dict[str, Recall]]
 """Kind of query → method → figures."""
@@ -34,42 +34,22 @@ class RecallOutcome:
     out: Path
 
     def to_json(self) -> dict[str, Any]:
-        made_from = self.run.description["fingerprints"]
-        return {
-            "metric": "recall",
-            "run": str(self.run.directory),
-            "kinds": {
-                kind: {"num_queries": count, "methods": {name: found.to_json() for name, found in self.recalls[kind].items()}}
-                for kind, count in self.kinds.items()
-            },
-            "num_sequences": len(self.run.store),
-            "confidence": CONFIDENCE,
-            "num_resamples": NUM_RESAMPLES,
-            "plot": str(self.out / "recall.png"),
-            "provenance": {
-                **{name: made_from[name] for name in ("model", "tokenizer", "data")},
-                "factors": self.run.fingerprints["factors"],
-                "damping": self.run.description["settings"]["factors"]["damping"],
-            },
+        kinds = {
+            kind: {"num_queries": count, "methods": {name: found.to_json() for name, found in self.recalls[kind].items()}}
+            for kind, count in self.kinds.items()
         }
+        return plotted("recall", self.run, self.out, {"kinds": kinds, "num_sequences": len(self.run.store)})
 
     def print(self, console: Console) -> None:
         for kind, methods in self.recalls.items():
             console.print(recall_table(f"{kind}: {self.kinds[kind]} queries", methods))
         console.print(EXPLAINED)
-        console.print(f"written: {self.out / 'recall.json'}, {self.out / 'recall.png'}")
+        console.print(where(self.out, "recall"))
 
     def write(self) -> None:
-        """recall.json and recall.png in the directory `out`, each appearing whole or not at all."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        scores = [
-            PlottedScore(name=f"{kind}: {name}", value=found.reciprocal_rank.value, interval=_ends(found.reciprocal_rank))
-            for kind, methods in self.recalls.items()
-            for name, found in methods.items()
-        ]
+        scores = {f"{kind}: {name}": one.reciprocal_rank for kind, methods in self.recalls.items() for name, one in methods.items()}
         title, axis = "Where the sequences rank that state the answer", "mean reciprocal rank of the first that does, and 95% interval"
-        write_file(self.out / "recall.png", score_plot(scores, None, title=title, axis=axis))
-        write_json(self.out / "recall.json", self.to_json())
+        write_plotted(self.out, "recall", self.to_json(), score_plot(scores, None, title=title, axis=axis))
 
 
 EXPLAINED = (
@@ -97,10 +77,6 @@ def _interval(estimate: Estimate, unit: float, digits: int) -> str:
         if estimate.interval is None
         else " ({}–{})".format(*(f"{unit * end:.{digits}f}".removeprefix("0") or "0" for end in estimate.interval))
     )
-
-
-def _ends(estimate: Estimate) -> tuple[float, float]:
-    return estimate.interval or (estimate.value, estimate.value)
 
 
 def read_planted(run: Run, path: Path) -> list[Planted]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from influence.config import ResourcesConfig
-from influence.evaluation.removal import removal_changes, removal_plan
+from influence.evaluation.removal import random_deviation, removal_changes, removal_plan
 from influence.evaluation.retraining import query_losses
 from influence.run import Run
 from jobs.answers import Asked
@@ -36,6 +36,7 @@ def measure_removal(
     say(f"{num_models} models in all: {num_seeds} trained on everything, the others without what comes first")
     bank_path, bank = retrain(run, retraining, plan.masks, num_seeds, resources)
     own = query_losses(run.language_model.model, retraining.measurements, retraining.settings.batch_size)
+    noise = random_deviation(plan, bank)
     before, off = -float(bank.losses[:, 0].mean()), float(np.abs(bank.losses[0, 0] - own).mean())
     return ChangesOutcome(
         metric="removal",
@@ -46,6 +47,7 @@ def measure_removal(
         facts={
             "log_probability": before,
             "reproduced_within": off,
+            "random_deviation": noise,
             "num_models": num_models,
             "num_seeds": num_seeds,
             "num_random": num_random,
@@ -54,6 +56,11 @@ def measure_removal(
         notes=(
             f"{len(asked)} queries of mean log-probability {before:.2f}; {num_models} models trained",
             f"trained again on everything, queries differ from the run's own model by {off:.3f} nats on average: how true the recipe is",
+            *(
+                []
+                if noise is None
+                else [f"models without random sets differ by {noise:.2f} nats a query (standard deviation): the noise of one model"]
+            ),
             f"bank: {bank_path}",
         ),
         out=out,

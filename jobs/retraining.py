@@ -25,7 +25,7 @@ from influence.model import LanguageModel, embedded_tokens, load_model, longest_
 from influence.run import Run
 from influence.run_directory import digest, write_json
 from influence.sequences import TrainingSequence
-from jobs.units import do_missing
+from jobs.units import do_missing, do_unit, numbers_of
 
 FORMAT = 2
 """Version of how a model is trained and measured. Another one starts anew."""
@@ -142,13 +142,7 @@ class RetrainingWork:
 
     def do(self, _: str, unit: str) -> None:
         """Trains and measures one model, and leaves its losses in the run directory, unless they are there already."""
-        made_from = self.retraining.unit_fingerprint(unit)
-        if self.run.directory.is_done(self.retraining.place, unit, made_from):
-            return
-        losses = self._losses(*mask_and_seed(unit))
-        self.run.directory.write_unit(
-            self.retraining.place, unit, made_from, lambda directory: np.save(directory / "losses.npy", losses, allow_pickle=False)
-        )
+        do_unit(self.run, self.retraining, unit, "losses", lambda: self._losses(*mask_and_seed(unit)))
 
     def _losses(self, name: str, number: int) -> NDArray[np.float64]:
         mask, plan = self.masks[name], self.retraining
@@ -202,13 +196,10 @@ def _record(retraining: Retraining) -> dict[str, Any]:
 
 
 def _bank(run: Run, retraining: Retraining, masks: NDArray[np.bool_], num_seeds: int) -> Bank:
-    def losses(name: str, seed: int) -> NDArray[np.float64]:
-        path = run.directory.unit_path(retraining.place, unit_of(name, seed)) / "losses.npy"
-        return np.asarray(np.load(path, allow_pickle=False))
-
+    units = [[unit_of(mask_name(mask), seed) for mask in masks] for seed in range(num_seeds)]
     return Bank(
         masks=masks,
-        losses=np.stack([[losses(mask_name(mask), seed) for mask in masks] for seed in range(num_seeds)]),
+        losses=np.stack([[numbers_of(run, retraining, unit, "losses") for unit in row] for row in units]),
         sequences=retraining.sequences,
         queries=tuple(query_digest(measurement) for measurement in retraining.measurements),
     )

@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from influence.config import ResourcesConfig
 from influence.run import Run
 from jobs.executors import Done, RayWorkers, Work, ray_connection
@@ -19,6 +22,19 @@ class Units(Protocol):
         """Below the run directory."""
 
     def unit_fingerprint(self, unit: str) -> str: ...
+
+
+def do_unit(run: Run, units: Units, unit: str, name: str, numbers: Callable[[], NDArray[np.float64]]) -> None:
+    """Leaves the unit's numbers in the run directory as NAME.npy, unless they are there already."""
+    made_from = units.unit_fingerprint(unit)
+    if not run.directory.is_done(units.place, unit, made_from):
+        found = numbers()
+        run.directory.write_unit(units.place, unit, made_from, lambda place: np.save(place / f"{name}.npy", found, allow_pickle=False))
+
+
+def numbers_of(run: Run, units: Units, unit: str, name: str) -> NDArray[np.float64]:
+    """What `do_unit` left."""
+    return np.asarray(np.load(run.directory.unit_path(units.place, unit) / f"{name}.npy", allow_pickle=False))
 
 
 def do_missing(run: Run, units: Units, names: Sequence[str], work: Work, resources: ResourcesConfig, title: str) -> None:

@@ -157,6 +157,9 @@ def test_statements_with_wrong_answers_are_the_others_with_another_answer_of_the
         assert label.completion[1:] in set(others) - {answer} if label.wrong else {answer}
         assert after.text == before.text.replace(answer, label.completion[1:])
     assert wrong < {label.id for label in stated(0.2)[1] if label.wrong}
+    others = {label.id for label in stated(0.1, seed=1)[1] if label.wrong}
+    assert len(others) == len(wrong)
+    assert others != wrong
 
 
 def test_the_model_is_trained_as_its_recipe_says_from_what_lies_beside_it(tokenizer, tmp_path):

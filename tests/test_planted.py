@@ -151,12 +151,18 @@ def test_wrong_labels_are_ranked_by_every_score(influence: Influence, copy: Path
     ]
     labels = write_jsonl(copy.with_name("labels.jsonl"), lines)
     answer = influence("evaluate", copy, "mislabel", "--labels", labels, "--json").json
-    names = ["self-influence of the label", "opposition to another label", "loss of the label", "self-influence", "loss"]
+    of_labels = [
+        "self-influence of the label and opposition",
+        "self-influence of the label",
+        "opposition to another label",
+        "loss of the label",
+    ]
+    names = [*of_labels, "self-influence", "loss"]
     assert [score["name"] for score in answer["scores"]] == names
     assert (answer["num_labels"], answer["num_wrong"]) == (20, 7)
     own, wrong = run.self_influence[:20], np.arange(20) % 3 == 0
-    assert answer["scores"][3]["auc"] == pytest.approx(mannwhitneyu(own[wrong], own[~wrong]).statistic / (7 * 13))
-    assert answer["scores"][3]["found_in_first"] == pytest.approx(wrong[np.argsort(-own)[:7]].mean())
+    assert answer["scores"][4]["auc"] == pytest.approx(mannwhitneyu(own[wrong], own[~wrong]).statistic / (7 * 13))
+    assert answer["scores"][4]["found_in_first"] == pytest.approx(wrong[np.argsort(-own)[:7]].mean())
     assert json.loads((copy / "evaluations/mislabel.json").read_text()) == answer
     assert (copy / "evaluations/mislabel.png").read_bytes().startswith(b"\x89PNG")
     bare = write_jsonl(copy.with_name("bare.jsonl"), [{"id": line["id"], "wrong": line["wrong"]} for line in lines])

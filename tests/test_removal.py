@@ -16,7 +16,7 @@ from influence.evaluation.changes import RANDOM, compared, first_of, random_set,
 from influence.evaluation.intervals import Estimate, mean, ratio
 from influence.evaluation.methods import scores_by
 from influence.evaluation.recipe import FILE, read_recipe
-from influence.evaluation.removal import removal_changes, removal_plan
+from influence.evaluation.removal import random_deviation, removal_changes, removal_plan
 from influence.evaluation.retraining import RetrainingSettings, fine_tuned, query_losses, shuffled_batches, similar_batches
 from influence.evaluation.tailpatch import patched
 from influence.refinement import RefineOptions
@@ -156,6 +156,32 @@ def test_changes_are_against_the_model_of_the_same_seed_trained_on_everything() 
         found[RANDOM].per_query, [-np.mean([row[random_set(ids, draw, 5)].sum() for draw in range(3)]) for row in truth]
     )
     assert found["truth"].as_far_as["chance"].value == pytest.approx(abs(found["truth"].mean.value / found["chance"].mean.value))
+
+
+def test_what_is_beyond_random_does_not_depend_on_the_model_trained_on_everything() -> None:
+    ids, truth = [f"doc-{n}" for n in range(40)], table(0)
+    plan = removal_plan({"truth": truth}, ids, [5], 3)
+    losses = -(plan.masks @ truth.T)[None].repeat(2, 0)
+    noisy = losses.copy()
+    noisy[:, 0] += 7
+    one, other = (removal_changes(plan, Bank(masks=plan.masks, losses=each)) for each in (losses, noisy))
+    assert one[0].mean.value != pytest.approx(other[0].mean.value)
+    assert one[0].beyond_random is not None
+    assert other[0].beyond_random is not None
+    assert one[0].beyond_random.ends == pytest.approx(other[0].beyond_random.ends)
+    drawn = np.mean([[row[random_set(ids, draw, 5)].sum() for draw in range(3)] for row in truth], axis=1)
+    assert one[0].beyond_random.value == pytest.approx(np.mean([-np.sort(row)[-5:].sum() for row in truth] + drawn))
+    assert one[1].beyond_random is None  # of the random sets themselves
+
+
+def test_deviation_is_that_of_models_without_random_sets() -> None:
+    ids, rng = [f"doc-{n}" for n in range(40)], np.random.default_rng(3)
+    plan = removal_plan({"one": table(0)}, ids, [3, 8], 200)
+    losses = 10 * rng.standard_normal((2, len(plan.masks), 2))
+    losses[:, plan.sets[3, RANDOM][0]] = 5 + 0.3 * rng.standard_normal((2, 200, 2))
+    losses[:, plan.sets[8, RANDOM][0]] = 9 + 0.3 * rng.standard_normal((2, 200, 2))
+    assert random_deviation(plan, Bank(masks=plan.masks, losses=losses)) == pytest.approx(0.3, rel=0.1)  # of 800 draws: ± 3%
+    assert random_deviation(removal_plan({"one": table(0)}, ids, [3], 1), Bank(masks=plan.masks, losses=losses)) is None
 
 
 def test_methods_are_compared_within_a_size() -> None:

@@ -24,6 +24,9 @@ class Change:
     k: int
     per_query: NDArray[np.float64]  # [Q]
     mean: Estimate
+    beyond_random: (
+        Estimate | None
+    )  # less that of acting on as many at random: what all models have in common goes out, the noise of the first too
     as_far_as: dict[str, Estimate]  # by another method: how many times as far this moved f as acting on its k, whichever way
 
     def to_json(self) -> dict[str, Any]:
@@ -32,6 +35,7 @@ class Change:
             "k": self.k,
             "change": self.mean.value,
             "interval": None if self.mean.interval is None else list(self.mean.interval),
+            "beyond_random": None if self.beyond_random is None else self.beyond_random.to_json(),
             "as_far_as": {method: one.to_json() for method, one in self.as_far_as.items()},
             "per_query": self.per_query.tolist(),
         }
@@ -43,7 +47,9 @@ def compared(per_query: Mapping[tuple[int, str], NDArray[np.float64]]) -> list[C
     for (k, method), values in per_query.items():
         ratios = {other: ratio(values, theirs) for (size, other), theirs in per_query.items() if size == k and other != method}
         far = {other: one for other, one in ratios.items() if one is not None}
-        found.append(Change(method=method, k=k, per_query=values, mean=mean(values), as_far_as=far))
+        drawn = per_query.get((k, RANDOM)) if method != RANDOM else None
+        beyond = None if drawn is None else mean(values - drawn)
+        found.append(Change(method=method, k=k, per_query=values, mean=mean(values), beyond_random=beyond, as_far_as=far))
     return found
 
 

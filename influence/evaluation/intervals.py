@@ -20,6 +20,11 @@ class Estimate:
     value: float
     interval: Interval | None
 
+    @property
+    def ends(self) -> Interval:
+        """The interval's; the number itself where there is none."""
+        return self.interval or (self.value, self.value)
+
     def to_json(self) -> dict[str, Any]:
         """An end that is not there is null: JSON has no infinity."""
         ends = None if self.interval is None else [end if math.isfinite(end) else None for end in self.interval]

@@ -57,15 +57,18 @@ def labels_of(run: Run, lines: Sequence[tuple[str, Mapping[str, Any], str]]) -> 
 
 def label_scores(run: Run, labels: Labels, progress: Progress) -> dict[str, NDArray[np.float64]]:
     """[M] by each score, larger where a label is suspected: self-influence and loss of the sequence, and where labels are known, of the label alone,
-    and how strongly the sequence is an opponent of the label that it opposes most."""
+    and opposition to another label. First, self-influence of the label and opposition together: what one more copy would do for its own label, and
+    against another, in nats."""
     sequences = run.store.select(labels.numbers.tolist())
     whole = [Measurement(prompt="", completion=one.text, contrast=None, parts=((1.0, one),)) for one in sequences]
     model = run.language_model.model
     found = {"self-influence": run.self_influence[labels.numbers], "loss": query_losses(model, whole, 16)}
     if labels.asked is not None:
+        own, against = self_influence(run, labels.asked, progress), opposition(run, labels.asked, sequences)
         found = {
-            "self-influence of the label": self_influence(run, labels.asked, progress),
-            "opposition to another label": opposition(run, labels.asked, sequences),
+            "self-influence of the label and opposition": own + against,
+            "self-influence of the label": own,
+            "opposition to another label": against,
             "loss of the label": query_losses(model, labels.asked, 16),
             **found,
         }

@@ -1,9 +1,10 @@
 """The plots of evaluations: each method's score with its interval, or its curve."""
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from influence.evaluation.intervals import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,40 +13,21 @@ FIRST, OTHERS, CEILING = "#b2182b", "#4d6d8a", "#666666"
 LINES = (FIRST, OTHERS, "#8a7a4d", "#4d8a6a", "#7a4d8a", "#999999")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlottedScore:
-    """One line of the plot."""
-
-    name: str
-    value: float
-    interval: tuple[float, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlottedLine:
-    """One method's values at several places, with their intervals."""
-
-    name: str
-    places: tuple[float, ...]
-    values: tuple[float, ...]
-    intervals: tuple[tuple[float, float], ...]
-
-
-def line_plot(lines: Sequence[PlottedLine], *, title: str, across: str, up: str) -> bytes:
+def line_plot(lines: Mapping[str, Mapping[int, Estimate]], *, title: str, across: str, up: str) -> bytes:
     """A PNG image: a line a method, its points with their intervals, at places on a logarithmic axis."""
     from matplotlib.figure import Figure  # takes a second to import
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="#cccccc", linewidth=1, zorder=0)
-    places = sorted({place for line in lines for place in line.places})
-    for number, line in enumerate(lines):
+    places = sorted({place for line in lines.values() for place in line})
+    for number, (name, line) in enumerate(lines.items()):
         colour = LINES[number % len(LINES)]
         apart = 1.04 ** (number - (len(lines) - 1) / 2)  # lest intervals of one place hide one another
-        shown = [place * apart for place in line.places]
-        axes.plot(shown, line.values, marker="o", markersize=6, color=colour, label=line.name)
-        for place, (low, high) in zip(shown, line.intervals, strict=True):
-            axes.plot([place, place], [low, high], color=colour, linewidth=2.5, alpha=0.55, solid_capstyle="butt")
+        shown = [place * apart for place in line]
+        axes.plot(shown, [one.value for one in line.values()], marker="o", markersize=6, color=colour, label=name)
+        for place, one in zip(shown, line.values(), strict=True):
+            axes.plot([place, place], one.ends, color=colour, linewidth=2.5, alpha=0.55, solid_capstyle="butt")
     axes.set_xscale("log")
     axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.minorticks_off()
@@ -66,26 +48,25 @@ def _png(figure: "Figure") -> bytes:
     return image.getvalue()
 
 
-def score_plot(scores: Sequence[PlottedScore], ceiling: float | None, *, title: str, axis: str) -> bytes:
+def score_plot(scores: Mapping[str, Estimate], ceiling: float | None, *, title: str, axis: str) -> bytes:
     """A PNG image: one point a method with its interval, in the given order from the top, the first in its own colour."""
     from matplotlib.figure import Figure  # takes a second to import
 
     figure = Figure(figsize=(7.5, 1.7 + 0.42 * len(scores)), layout="constrained")
     axes = figure.subplots()
-    for place, score in enumerate(scores):
-        low, high = score.interval
+    for place, score in enumerate(scores.values()):
         colour = FIRST if place == 0 else OTHERS
-        axes.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt", alpha=0.55)
+        axes.plot(score.ends, [place, place], color=colour, linewidth=2.5, solid_capstyle="butt", alpha=0.55)
         axes.plot([score.value], [place], marker="o", markersize=7, color=colour)
         axes.annotate(f"{score.value:.3f}", (score.value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
-    ends = [end for score in scores for end in score.interval] + [0.0] + ([] if ceiling is None else [ceiling])
+    ends = [end for score in scores.values() for end in score.ends] + [0.0] + ([] if ceiling is None else [ceiling])
     axes.axvline(0, color="#cccccc", linewidth=1, zorder=0)
     if ceiling is not None:
         axes.axvline(ceiling, color=CEILING, linestyle="--", linewidth=1.2, label=f"noise ceiling {ceiling:.3f}")
         figure.legend(loc="outside lower right", frameon=False, fontsize=9)
     axes.set_xlim(min(ends) - 0.05, max(ends) + 0.05)
     axes.set_ylim(len(scores) - 0.5, -0.7)
-    axes.set_yticks(range(len(scores)), [score.name for score in scores])
+    axes.set_yticks(range(len(scores)), list(scores))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#eeeeee")
     axes.set_axisbelow(True)

@@ -43,6 +43,18 @@ def removal_plan(tables: Mapping[str, NDArray[np.float64]], ids: Sequence[str], 
     return RemovalPlan(masks=np.stack([mask for _, mask in masks.values()]), sets=sets)
 
 
+def random_deviation(plan: RemovalPlan, bank: Bank) -> float | None:
+    """The standard deviation, in nats, of a query's log-probability between models without random sets, of one size and seed: the noise of one model.
+
+    None where there are less than two of them.
+    """
+    rows = [sets[0] for (_, method), sets in plan.sets.items() if method == RANDOM]
+    if not rows or len(rows[0]) < 2:
+        return None
+    variances = [bank.losses[:, own].var(1, ddof=1) for own in rows]  # [R, Q] each
+    return float(np.sqrt(np.mean(variances)))
+
+
 def removal_changes(plan: RemovalPlan, bank: Bank) -> list[Change]:
     """What each removal did: means over seeds and draws, against the models of the same seeds that were trained on everything."""
     gained = -(bank.losses - bank.losses[:, :1]).mean(0)  # [S, Q]

@@ -231,10 +231,12 @@ class Label:
     completion: str
 
 
-def stated(share: float) -> tuple[list[Document], list[Label]]:
-    """Every statement, of which a share, chosen by hash of their ids, gives another answer of its relation; and what each of them says."""
+def stated(share: float, seed: int = 0) -> tuple[list[Document], list[Label]]:
+    """Every statement, of which a share, chosen by hash of seed and ids, gives another answer of its relation; and what each of them says."""
     told = [(fact, number, f"{fact.id}/{number}") for fact in facts() for number in range(WORDINGS_PER_FACT)]
-    bits = keyed_bits(key_of("wrong answers"), np.array([key_of(name) for _, _, name in told], dtype=np.uint64), 2)
+    bits = keyed_bits(
+        key_of(f"wrong answers {seed}" if seed else "wrong answers"), np.array([key_of(name) for _, _, name in told], dtype=np.uint64), 2
+    )
     wrong = set(np.argsort(bits[:, 0], kind="stable")[: round(share * len(told))].tolist())
     documents, labels = [], []
     for place, (fact, number, name) in enumerate(told):

@@ -87,15 +87,15 @@ KINDS = {
 }
 
 
-def run_demo(out: Path, workers: int, flip: float = 0.0) -> DemoOutcome:
+def run_demo(out: Path, workers: int, flip: float = 0.0, flip_seed: int = 0) -> DemoOutcome:
     """Brings the demo in the directory `out` to its end. Again after any interruption, it goes on; when finished, it only prints.
 
-    A share `flip` of the statements gives a wrong answer, and `demo/labels.jsonl` says which.
+    A share `flip` of the statements gives a wrong answer, and `demo/labels.jsonl` says which; another `flip_seed` takes others.
     """
     start = time.monotonic()
     if not 0 <= flip < 1:
         raise RequestError(f"--flip is a share of the statements, from 0 to less than 1, not {flip}")
-    statements, labels = stated(flip)
+    statements, labels = stated(flip, flip_seed)
     prepare(out, library_passages(NUM_PASSAGES) + statements, labels)
     run = run_all(demo_config(out, workers))
     recalls, facts = measured(run, labels)
