@@ -149,7 +149,9 @@ class Catalog:
         """
         self._in_use.update(names)
         try:
-            yield self._loaded_together(names)
+            opened = self._loaded_together(names)
+            self._share_rest()
+            yield opened
         except (OSError, ArrowException, SafetensorError) as error:  # of files that are read when they are needed
             raise _damaged(", ".join(names), error) from None
         finally:
@@ -186,6 +188,13 @@ class Catalog:
             log.info("run released", extra={"run": name})
         if released:
             gc.collect()
+
+    def _share_rest(self) -> None:
+        """Lets loaded runs keep candidates' gradients, equally many bytes each, in half of what they leave of the memory; batches need some too."""
+        loaded = [one for one in list(self._opened.values()) if one.loaded]
+        rest = max(0, self._settings.memory_budget - sum(one.num_bytes for one in loaded)) // 2
+        for one in loaded:
+            one.run.kept_gradients.limit(rest // len(loaded))
 
     def is_loaded(self, name: str) -> bool:
         there = self._opened.get(name)
