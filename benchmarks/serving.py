@@ -2,8 +2,8 @@
 
     influence demo --out runs/demo && python benchmarks/serving.py runs/demo
 
-Starts `influence serve` on the run in a process of its own. Every query differs from every other, so no answer comes from the store; a client asks the
-next one when it has the answer to the last. Expected answers are made first, one query at a time, by the code of `influence query`.
+Starts `influence serve` on the run in a process of its own. Every query differs from every other, so no answer comes from the store; a client asks
+the next one when it has the answer to the last. Expected answers are made first, one query at a time, by the code of `influence query`.
 
 The service keeps gradients of candidates: `--warm 100` asks so many other questions first, as a service that runs for a while was asked. With
 `--memory-budget` hardly above what the run takes, nothing is kept.

@@ -22,7 +22,7 @@ MULTIPLIED_AT_ONCE = 16
 
 
 class KeptGradients:
-    """The gradients over all of these layers of the sequences that were scored last, as many as `limit_bytes` hold; none until that is set.
+    """The gradients over all of these layers of the sequences that were scored last, as many as `limit_bytes` hold; none until it is set.
 
     For one thread. Scores equal those of `scan_parts` but for the last digits, whether a gradient was kept or not.
     """
@@ -31,17 +31,13 @@ class KeptGradients:
         sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
         self._layers = tuple(layers)
         self._ends = np.cumsum(sizes).tolist()
-        self._limit_bytes = 0
+        self.limit_bytes = 0
+        self.num_bytes = 0  # of what is kept at this moment
         self._kept: OrderedDict[int, Tensor] = OrderedDict()  # number of the sequence → [P]; the least recently used first
-
-    @property
-    def num_bytes(self) -> int:
-        """What is kept at this moment."""
-        return sum(one.nbytes for one in self._kept.values())
 
     def limit(self, limit_bytes: int) -> None:
         """Keeps no more than that from now on."""
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._make_room(0)
 
     def scores(self, parts: Parts, store: SequenceStore, numbers: Sequence[int]) -> NDArray[np.float64]:
@@ -55,27 +51,28 @@ class KeptGradients:
             return scan_parts(parts, store.select(numbers))
         attributed, vectors = alone
         dtype = reduce(torch.promote_types, [vector.dtype for vector in vectors.values()])
-        if len(numbers) * self._ends[-1] * dtype.itemsize > self._limit_bytes:
+        if len(numbers) * self._ends[-1] * dtype.itemsize > self.limit_bytes:
             return scan_parts(parts, store.select(numbers))
         scores = np.zeros((len(next(iter(vectors.values()))), len(numbers)))
         known = [place for place, number in enumerate(numbers) if number in self._kept]
         new = [place for place, number in enumerate(numbers) if number not in self._kept]
         for place in known:
             self._kept.move_to_end(numbers[place])
-        scores[:, known] = self._products(vectors, [self._kept[numbers[place]] for place in known])
+        space = torch.empty(max(1, min(MULTIPLIED_AT_ONCE, len(numbers))), self._ends[-1], dtype=dtype)
+        scores[:, known] = self._products(vectors, [self._kept[numbers[place]] for place in known], space)
         budget = attributed.budget.beside(len(scores), attributed.layers)
         for members, batch in in_batches(store.select([numbers[place] for place in new]), budget, attributed.device):
             self._make_room(len(members) * self._ends[-1] * dtype.itemsize)
             gradients = self._gradients(attributed, batch, dtype)
             places = [new[member] for member in members]
-            scores[:, places] = self._products(vectors, gradients)
+            scores[:, places] = self._products(vectors, gradients, space)
             self._kept.update({numbers[place]: gradient for place, gradient in zip(places, gradients, strict=True)})
+            self.num_bytes += sum(gradient.nbytes for gradient in gradients)
         return scores
 
     def _make_room(self, num_bytes: int) -> None:
-        there = self.num_bytes
-        while self._kept and there + num_bytes > self._limit_bytes:
-            there -= self._kept.popitem(last=False)[1].nbytes
+        while self._kept and self.num_bytes + num_bytes > self.limit_bytes:
+            self.num_bytes -= self._kept.popitem(last=False)[1].nbytes
 
     def _of_layers(self, gradient: Tensor) -> Iterator[tuple[Layer, Tensor]]:
         """Each layer with its share of the last axis."""
@@ -95,11 +92,12 @@ class KeptGradients:
         capture(attributed.model, attributed.layers, partial(true_label_loss, attributed.model, batch), batch.reached, consume)
         return found
 
-    def _products(self, vectors: Vectors, gradients: Sequence[Tensor]) -> NDArray[np.float64]:
-        """[Q, len(gradients)], summed over layers in float64."""
+    def _products(self, vectors: Vectors, gradients: Sequence[Tensor], space: Tensor) -> NDArray[np.float64]:
+        """[Q, len(gradients)], summed over layers in float64. `space` is written over: new memory for every copy costs more than the products."""
         products = np.zeros((len(next(iter(vectors.values()))), len(gradients)))
-        for first in range(0, len(gradients), MULTIPLIED_AT_ONCE):
-            together = torch.stack(list(gradients[first : first + MULTIPLIED_AT_ONCE]))
+        for first in range(0, len(gradients), len(space)):
+            some = list(gradients[first : first + len(space)])
+            together = torch.stack(some, out=space[: len(some)])
             shares = [(vectors[layer.name].to(share.dtype).flatten(1) @ share.T).double() for layer, share in self._of_layers(together)]
             products[:, first : first + len(together)] = torch.stack(shares).sum(0).numpy()
         return products

@@ -41,11 +41,12 @@ def test_scores_are_those_of_a_scan_whatever_was_kept_before(run: Run, exact: tu
     for limit in (0, 5 * size, 30 * size, 12 * size, 1000 * size):
         kept.limit(limit)
         assert kept.num_bytes <= limit
-        for count in (1, 4, 11, 29):
+        for count in (1, 4, 0, 11, 29):
             numbers = order.choice(len(run.store), count, replace=False).tolist()
             found = kept.scores([(attributed, vectors)], run.store, numbers)
             assert kept.num_bytes <= limit
-            assert kept.num_bytes > 0 or limit < count * size
+            assert kept.num_bytes >= count * size or limit < count * size
+            assert kept.num_bytes == sum(gradient.nbytes for gradient in kept._kept.values())
             # The same sums in float64 in another order.
             np.testing.assert_allclose(found, expected[:, numbers], rtol=0, atol=1e-12 * np.abs(expected).max())
 
