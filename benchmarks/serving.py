@@ -2,8 +2,11 @@
 
     influence demo --out runs/demo && python benchmarks/serving.py runs/demo
 
-Starts `influence serve` on the run in a process of its own. Every query differs from every other, so nothing comes from the cache; a client asks the
-next one when it has the answer to the last. Expected answers are made first, one query at a time, by the code of `influence query`.
+Starts `influence serve` on the run in a process of its own. Every query differs from every other, so no answer comes from the store; a client asks
+the next one when it has the answer to the last. Expected answers are made first, one query at a time, by the code of `influence query`.
+
+The service keeps gradients of candidates: `--warm 100` asks so many other questions first, as a service that runs for a while was asked. With
+`--memory-budget` hardly above what the run takes, nothing is kept.
 """
 
 import argparse
@@ -82,8 +85,8 @@ def stages(url: str) -> dict[str, tuple[float, float]]:
     return found | {"batch": (total, count)}
 
 
-def start(path: Path, state: str) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "jobs.cli", "serve", str(path), "--port", "0", "--state-dir", state]
+def start(path: Path, state: str, memory_budget: str) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "jobs.cli", "serve", str(path), "--port", "0", "--state-dir", state, "--memory-budget", memory_budget]
     log = Path(state) / "log"
     with log.open("w") as stream:
         process = subprocess.Popen(command, stderr=stream, text=True)
@@ -101,20 +104,22 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--queries", type=int, default=48, help="for each number of clients")
     parser.add_argument("--candidates", type=int, default=100)
+    parser.add_argument("--warm", type=int, default=4, help="other questions that are asked before any is timed")
+    parser.add_argument("--memory-budget", default="16GiB")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     run = open_run(options.run)
-    asked = questions(run, options.queries * len(options.clients) + 4)
-    warm, asked = asked[:4], asked[4:]
+    asked = questions(run, options.queries * len(options.clients) + options.warm)
+    warm, asked = asked[: options.warm], asked[options.warm :]
     settings = QueryOptions(k=10, candidates=options.candidates)
     expected = [run.answer([run.measure(**one)], settings)[0].to_json() for one in asked]
     bodies = [{**one, "k": 10, "candidates": options.candidates} for one in asked]
     rows = []
     with tempfile.TemporaryDirectory() as state:
-        process, url = start(options.run, state)
+        process, url = start(options.run, state, options.memory_budget)
         name = options.run.resolve().name
         try:
-            load(url, name, [{**one, "candidates": options.candidates} for one in warm], 1)
+            load(url, name, [{**one, "candidates": options.candidates} for one in warm], min(8, len(warm)))
             for place, clients in enumerate(options.clients):
                 chosen = slice(place * options.queries, (place + 1) * options.queries)
                 before = stages(url)

@@ -22,7 +22,6 @@ from influence.attribution import (
     function_values,
     joined,
     mean_scores,
-    scan_parts,
     score_sequences,
 )
 from influence.concentration import concentration, longest_run
@@ -195,7 +194,7 @@ class _Asked:
 
     def totals(self, numbers: Sequence[int]) -> NDArray[np.float64]:
         """Exact scores of these sequences for every query, [Q, len(numbers)], in one pass over them."""
-        return scan_parts(self.vectors, self.run.store.select(numbers)) * self.weights[list(numbers)]
+        return self.run.kept_gradients.scores(self.vectors, self.run.store, numbers) * self.weights[list(numbers)]
 
     def splits(self, wanted: Sequence[tuple[int, Sequence[int]]], options: QueryOptions) -> list[SequenceScores]:
         """For each (query, numbers): exact scores of these sequences for that query, by layer and by token."""

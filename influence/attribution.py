@@ -28,6 +28,7 @@ from ekfac import (
     token_loss_derivatives,
     token_losses,
     true_label_loss,
+    weighted,
 )
 from influence.batches import BatchBudget, in_batches
 from influence.errors import RequestError
@@ -213,26 +214,33 @@ def score_sequences(
     by_layer = np.zeros((len(sequences), len(attributed.layers)))
     by_token: list[NDArray[np.float64]] = [np.empty(0)] * len(sequences)
     for members, batch in in_batches(sequences, attributed.budget, attributed.device):
-        columns, tokens = _score_batch(attributed, preconditioned, batch)
+        columns, tokens, _ = score_batch(attributed, preconditioned, batch)
         by_layer[members] = columns
         for member, row in zip(members, tokens, strict=True):
             by_token[member] = row[: len(sequences[member].tokens)]
     return SequenceScores(layers=by_layer, tokens=by_token)
 
 
-def _score_batch(
+def score_batch(
     attributed: AttributedModel, preconditioned: Mapping[str, Tensor], batch: SequenceBatch
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Exact scores of a batch for one query's preconditioned gradient, by layer [N, L] and by token [N, T], and the token losses [N, T]."""
     columns: dict[str, Tensor] = {}
     tokens = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=attributed.device)
+    losses: list[Tensor] = []
+
+    def loss() -> Tensor:
+        losses.append(token_losses(attributed.model, batch))
+        return weighted(losses[0], batch).sum()
 
     def consume(layer: Layer, record: Record) -> None:
         shares = position_inner_products(record, preconditioned[layer.name]).double().to(tokens.device)
         tokens.add_(shares)
         columns[layer.name] = shares.sum(1)
 
-    capture(attributed.model, attributed.layers, partial(true_label_loss, attributed.model, batch), batch.reached, consume)
-    return torch.stack([columns[layer.name] for layer in attributed.layers], 1).cpu().numpy(), tokens.cpu().numpy()
+    capture(attributed.model, attributed.layers, loss, batch.reached, consume)
+    by_layer = torch.stack([columns[layer.name] for layer in attributed.layers], 1)
+    return by_layer.cpu().numpy(), tokens.cpu().numpy(), losses[0].detach().double().cpu().numpy()
 
 
 def by_output_token(

@@ -1,7 +1,7 @@
 """Asking a service (`influence serve`) from Python: `Client`, and `AsyncClient` with the same methods to await.
 
-What is said and in which order is written once, as generators that yield what to send or how long to wait and get the responses; the two clients
-carry them out. Knows HTTP, and neither runs nor models.
+What can be asked for, and what is said in which order, is written once: generators that yield what to send or how long to wait and get the responses.
+The two clients carry them out. Knows HTTP, and neither runs nor models.
 """
 
 import asyncio
@@ -9,10 +9,11 @@ import math
 import os
 import random
 import time
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
+from functools import wraps
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -20,6 +21,7 @@ import httpx
 from influence.errors import RequestError
 from influence.result import InfluenceResult
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 POLL_SECONDS = 0.5
@@ -60,12 +62,99 @@ Conversation = Generator[_Send | _Pause, Heard, T]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Patience:
-    """How often a request is tried again that met a busy service or none."""
+class _Talk:
+    """What a client can be asked for, as conversations; a request that meets a busy service or none is tried again `retries` times."""
 
     retries: int
 
-    def send(self, request: _Send) -> Conversation[httpx.Response]:
+    def query(self, /, run: str, prompt: str, completion: str, **options: Any) -> Conversation[InfluenceResult]:
+        """The training sequences of `run` that most helped the model to say `completion` after `prompt`; options as in the body over HTTP."""
+        return InfluenceResult.from_json((yield from self.ask(run, {"prompt": prompt, "completion": completion, **options})))
+
+    def ask(self, run: str, body: dict[str, Any]) -> Conversation[dict[str, Any]]:
+        """The result object for a body as HTTP takes it."""
+        state = yield from self.submit(run, body)
+        while state["state"] in ("queued", "running"):
+            yield _Pause(seconds=POLL_SECONDS)
+            state = yield from self.state(state["id"])
+        if state["state"] != "done":
+            error = state["error"] or {"code": state["state"], "message": f"the query was {state['state']}"}
+            raise ServerRefusal(422, error["code"], error["message"])
+        return dict(state["result"])
+
+    def submit(self, run: str, body: dict[str, Any]) -> Conversation[dict[str, Any]]:
+        """The state of the query, without waiting for it to finish; one that was answered at once is done."""
+        response = yield from self._send(_Send(method="POST", path=f"/v1/runs/{_part(run)}/queries", body=body))
+        if response.status_code == 202:
+            return dict(response.json())
+        result = response.json()
+        return {"id": result["id"], "run": run, "state": "done", "result": result, "error": None}
+
+    def state(self, query: str) -> Conversation[dict[str, Any]]:
+        """Where a query stands, and its result."""
+        return dict((yield from self._get(f"/v1/queries/{_part(query)}")).json())
+
+    def queries(self, limit: int = 20) -> Conversation[list[dict[str, Any]]]:
+        """Your latest queries, without their results."""
+        return list((yield from self._get("/v1/queries", limit=limit)).json()["queries"])
+
+    def cancel(self, query: str) -> Conversation[dict[str, Any]]:
+        """Stops a query's work; one that is finished stays as it is. The state that it has now."""
+        return dict((yield from self._send(_Send(method="DELETE", path=f"/v1/queries/{_part(query)}"))).json())
+
+    def forget(self, query: str) -> Conversation[None]:
+        """Removes a query with its result; afterwards there is none of this id, as there may have been none before."""
+        try:
+            yield from self._send(_Send(method="DELETE", path=f"/v1/queries/{_part(query)}", parameters={"forget": "true"}))
+        except ServerRefusal as refusal:
+            if refusal.status != 404:  # there is none: it may have been this request, whose response was lost, that removed it
+                raise
+
+    def report(self, query: str) -> Conversation[str]:
+        """The HTML report of a result."""
+        return (yield from self._get(f"/v1/queries/{_part(query)}/report")).text
+
+    def words(self, query: str) -> Conversation[dict[str, Any]]:
+        """What a result rests on, in sentences."""
+        return dict((yield from self._get(f"/v1/queries/{_part(query)}/words")).json())
+
+    def runs(self) -> Conversation[list[dict[str, Any]]]:
+        """What is served."""
+        return list((yield from self._get("/v1/runs")).json()["runs"])
+
+    def run(self, run: str) -> Conversation[dict[str, Any]]:
+        """What is served under this name, or why it cannot be."""
+        return dict((yield from self._get(f"/v1/runs/{_part(run)}")).json())
+
+    def layers(self, run: str) -> Conversation[dict[str, Any]]:
+        """Every attributed layer and its factors."""
+        return dict((yield from self._get(f"/v1/runs/{_part(run)}/layers")).json())
+
+    def health(self, run: str) -> Conversation[dict[str, Any]]:
+        """The training set as `influence health` found it."""
+        return dict((yield from self._get(f"/v1/runs/{_part(run)}/health")).json())
+
+    def run_report(self, run: str, about: Literal["run", "training-set"] = "run") -> Conversation[str]:
+        """The HTML page about a run, or about its training set as `influence health` found it."""
+        return (yield from self._get(f"/v1/runs/{_part(run)}/report", about=about)).text
+
+    def sequence(self, run: str, name: str) -> Conversation[dict[str, Any]]:
+        """A training sequence by its id."""
+        return dict((yield from self._get(f"/v1/runs/{_part(run)}/sequences/{_part(name)}")).json())
+
+    def tokens(self, run: str, prompt: str, completion: str) -> Conversation[dict[str, list[str]]]:
+        """The tokens of a question before it is asked: what a span counts."""
+        body = {"prompt": prompt, "completion": completion}
+        return dict((yield from self._send(_Send(method="POST", path=f"/v1/runs/{_part(run)}/tokens", body=body))).json())
+
+    def examples(self, run: str, count: int = 5, seed: int = 0) -> Conversation[list[dict[str, str]]]:
+        """Questions to try: training sequences, their second half asked after the first."""
+        return list((yield from self._get(f"/v1/runs/{_part(run)}/examples", count=count, seed=seed)).json()["examples"])
+
+    def _get(self, path: str, **parameters: Any) -> Conversation[httpx.Response]:
+        return (yield from self._send(_Send(method="GET", path=path, parameters=parameters or None)))
+
+    def _send(self, request: _Send) -> Conversation[httpx.Response]:
         """The response, tried again after growing pauses or as long as the service says. Asking twice is safe: a question that waits is not
         queued again."""
         for attempt in range(self.retries + 1):
@@ -79,76 +168,6 @@ class _Patience:
             asked = heard.headers.get("retry-after", "") if isinstance(heard, httpx.Response) else ""
             yield _Pause(seconds=float(asked) if asked.isdecimal() else pause * random.uniform(0.5, 1.0))
         raise AssertionError
-
-    def get(self, path: str, **parameters: Any) -> Conversation[Any]:
-        response = yield from self.send(_Send(method="GET", path=path, parameters=parameters or None))
-        return response.json()
-
-    def submit(self, run: str, body: dict[str, Any]) -> Conversation[dict[str, Any]]:
-        """The state of the query; one that was answered at once is done."""
-        response = yield from self.send(_Send(method="POST", path=f"/v1/runs/{_part(run)}/queries", body=body))
-        if response.status_code == 202:
-            state: dict[str, Any] = response.json()
-            return state
-        result = response.json()
-        return {"id": result["id"], "run": run, "state": "done", "result": result, "error": None}
-
-    def wait(self, state: dict[str, Any]) -> Conversation[dict[str, Any]]:
-        """The result object of a query, when it is finished."""
-        while state["state"] in ("queued", "running"):
-            yield _Pause(seconds=POLL_SECONDS)
-            state = yield from self.get(f"/v1/queries/{_part(state['id'])}")
-        if state["state"] != "done":
-            error = state["error"] or {"code": state["state"], "message": f"the query was {state['state']}"}
-            raise ServerRefusal(422, error["code"], error["message"])
-        result: dict[str, Any] = state["result"]
-        return result
-
-    def ask(self, run: str, body: dict[str, Any]) -> Conversation[dict[str, Any]]:
-        state = yield from self.submit(run, body)
-        return (yield from self.wait(state))
-
-    def query(self, run: str, body: dict[str, Any]) -> Conversation[InfluenceResult]:
-        return InfluenceResult.from_json((yield from self.ask(run, body)))
-
-    def runs(self) -> Conversation[list[dict[str, Any]]]:
-        found = yield from self.get("/v1/runs")
-        return list(found["runs"])
-
-    def queries(self, limit: int) -> Conversation[list[dict[str, Any]]]:
-        found = yield from self.get("/v1/queries", limit=limit)
-        return list(found["queries"])
-
-    def cancel(self, name: str) -> Conversation[dict[str, Any]]:
-        response = yield from self.send(_Send(method="DELETE", path=f"/v1/queries/{_part(name)}"))
-        return dict(response.json())
-
-    def forget(self, name: str) -> Conversation[None]:
-        try:
-            yield from self.send(_Send(method="DELETE", path=f"/v1/queries/{_part(name)}", parameters={"forget": "true"}))
-        except ServerRefusal as refusal:
-            if refusal.status != 404:  # there is none: it may have been this request, whose response was lost, that removed it
-                raise
-
-    def sequence(self, run: str, name: str) -> Conversation[dict[str, Any]]:
-        return dict((yield from self.get(f"/v1/runs/{_part(run)}/sequences/{_part(name)}")))
-
-    def tokens(self, run: str, prompt: str, completion: str) -> Conversation[dict[str, list[str]]]:
-        body = {"prompt": prompt, "completion": completion}
-        response = yield from self.send(_Send(method="POST", path=f"/v1/runs/{_part(run)}/tokens", body=body))
-        return dict(response.json())
-
-    def examples(self, run: str, count: int, seed: int) -> Conversation[list[dict[str, str]]]:
-        found = yield from self.get(f"/v1/runs/{_part(run)}/examples", count=count, seed=seed)
-        return list(found["examples"])
-
-    def report(self, name: str) -> Conversation[str]:
-        response = yield from self.send(_Send(method="GET", path=f"/v1/queries/{_part(name)}/report"))
-        return response.text
-
-    def run_report(self, run: str) -> Conversation[str]:
-        response = yield from self.send(_Send(method="GET", path=f"/v1/runs/{_part(run)}/report"))
-        return response.text
 
 
 def _part(name: str) -> str:
@@ -183,13 +202,29 @@ class _Base:
             "headers": {"Authorization": f"Bearer {token}"} if token else {},
         }
         self._timeout_seconds = math.inf if timeout_seconds is None else timeout_seconds
-        self._talk = _Patience(retries=retries)
+        self._talk = _Talk(retries=retries)
 
     def _seconds_left(self, deadline: float) -> float:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"no answer within {self._timeout_seconds:g} seconds; an accepted query goes on")
         return left
+
+
+def _blocking(conversation: Callable[Concatenate[_Talk, P], Conversation[T]]) -> Callable[Concatenate["Client", P], T]:
+    @wraps(conversation)
+    def method(self: "Client", /, *arguments: P.args, **named: P.kwargs) -> T:
+        return self._hold(conversation(self._talk, *arguments, **named))
+
+    return method
+
+
+def _awaited(conversation: Callable[Concatenate[_Talk, P], Conversation[T]]) -> Callable[Concatenate["AsyncClient", P], Awaitable[T]]:
+    @wraps(conversation)
+    async def method(self: "AsyncClient", /, *arguments: P.args, **named: P.kwargs) -> T:
+        return await self._hold(conversation(self._talk, *arguments, **named))
+
+    return method
 
 
 class Client(_Base):
@@ -203,65 +238,23 @@ class Client(_Base):
         super().__init__(url, token, timeout_seconds, retries)
         self._http = httpx.Client(**self._settings)
 
-    def query(self, run: str, prompt: str, completion: str, **options: Any) -> InfluenceResult:
-        """The training sequences of `run` that most helped the model to say `completion` after `prompt`; options as in the body over HTTP."""
-        return self._hold(self._talk.query(run, {"prompt": prompt, "completion": completion, **options}))
-
-    def ask(self, run: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The result object for a body as HTTP takes it."""
-        return self._hold(self._talk.ask(run, body))
-
-    def submit(self, run: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The state of the query, without waiting for it to finish."""
-        return self._hold(self._talk.submit(run, body))
-
-    def state(self, query: str) -> dict[str, Any]:
-        """Where a query stands, and its result."""
-        return dict(self._hold(self._talk.get(f"/v1/queries/{_part(query)}")))
-
-    def queries(self, limit: int = 20) -> list[dict[str, Any]]:
-        """Your latest queries, without their results."""
-        return self._hold(self._talk.queries(limit))
-
-    def cancel(self, query: str) -> dict[str, Any]:
-        """Stops a query's work; one that is finished stays as it is. The state that it has now."""
-        return self._hold(self._talk.cancel(query))
-
-    def forget(self, query: str) -> None:
-        """Removes a query with its result; afterwards there is none of this id, as there may have been none before."""
-        self._hold(self._talk.forget(query))
-
-    def report(self, query: str) -> str:
-        """The HTML report of a result."""
-        return self._hold(self._talk.report(query))
-
-    def words(self, query: str) -> dict[str, Any]:
-        """What a result rests on, in sentences."""
-        return dict(self._hold(self._talk.get(f"/v1/queries/{_part(query)}/words")))
-
-    def tokens(self, run: str, prompt: str, completion: str) -> dict[str, list[str]]:
-        """The tokens of a question before it is asked: what a span counts."""
-        return self._hold(self._talk.tokens(run, prompt, completion))
-
-    def examples(self, run: str, count: int = 5, seed: int = 0) -> list[dict[str, str]]:
-        """Questions to try: training sequences, their second half asked after the first."""
-        return self._hold(self._talk.examples(run, count, seed))
-
-    def runs(self) -> list[dict[str, Any]]:
-        """What is served."""
-        return self._hold(self._talk.runs())
-
-    def layers(self, run: str) -> dict[str, Any]:
-        """Every attributed layer and its factors."""
-        return dict(self._hold(self._talk.get(f"/v1/runs/{_part(run)}/layers")))
-
-    def run_report(self, run: str) -> str:
-        """The HTML page about a run."""
-        return self._hold(self._talk.run_report(run))
-
-    def sequence(self, run: str, name: str) -> dict[str, Any]:
-        """A training sequence by its id."""
-        return self._hold(self._talk.sequence(run, name))
+    query = _blocking(_Talk.query)
+    ask = _blocking(_Talk.ask)
+    submit = _blocking(_Talk.submit)
+    state = _blocking(_Talk.state)
+    queries = _blocking(_Talk.queries)
+    cancel = _blocking(_Talk.cancel)
+    forget = _blocking(_Talk.forget)
+    report = _blocking(_Talk.report)
+    words = _blocking(_Talk.words)
+    runs = _blocking(_Talk.runs)
+    run = _blocking(_Talk.run)
+    layers = _blocking(_Talk.layers)
+    health = _blocking(_Talk.health)
+    run_report = _blocking(_Talk.run_report)
+    sequence = _blocking(_Talk.sequence)
+    tokens = _blocking(_Talk.tokens)
+    examples = _blocking(_Talk.examples)
 
     def close(self) -> None:
         self._http.close()
@@ -300,65 +293,23 @@ class AsyncClient(_Base):
         super().__init__(url, token, timeout_seconds, retries)
         self._http = httpx.AsyncClient(**self._settings)
 
-    async def query(self, run: str, prompt: str, completion: str, **options: Any) -> InfluenceResult:
-        """As `Client.query`."""
-        return await self._hold(self._talk.query(run, {"prompt": prompt, "completion": completion, **options}))
-
-    async def ask(self, run: str, body: dict[str, Any]) -> dict[str, Any]:
-        """As `Client.ask`."""
-        return await self._hold(self._talk.ask(run, body))
-
-    async def submit(self, run: str, body: dict[str, Any]) -> dict[str, Any]:
-        """As `Client.submit`."""
-        return await self._hold(self._talk.submit(run, body))
-
-    async def state(self, query: str) -> dict[str, Any]:
-        """As `Client.state`."""
-        return dict(await self._hold(self._talk.get(f"/v1/queries/{_part(query)}")))
-
-    async def queries(self, limit: int = 20) -> list[dict[str, Any]]:
-        """As `Client.queries`."""
-        return await self._hold(self._talk.queries(limit))
-
-    async def cancel(self, query: str) -> dict[str, Any]:
-        """As `Client.cancel`."""
-        return await self._hold(self._talk.cancel(query))
-
-    async def forget(self, query: str) -> None:
-        """As `Client.forget`."""
-        await self._hold(self._talk.forget(query))
-
-    async def report(self, query: str) -> str:
-        """As `Client.report`."""
-        return await self._hold(self._talk.report(query))
-
-    async def words(self, query: str) -> dict[str, Any]:
-        """As `Client.words`."""
-        return dict(await self._hold(self._talk.get(f"/v1/queries/{_part(query)}/words")))
-
-    async def tokens(self, run: str, prompt: str, completion: str) -> dict[str, list[str]]:
-        """As `Client.tokens`."""
-        return await self._hold(self._talk.tokens(run, prompt, completion))
-
-    async def examples(self, run: str, count: int = 5, seed: int = 0) -> list[dict[str, str]]:
-        """As `Client.examples`."""
-        return await self._hold(self._talk.examples(run, count, seed))
-
-    async def runs(self) -> list[dict[str, Any]]:
-        """As `Client.runs`."""
-        return await self._hold(self._talk.runs())
-
-    async def layers(self, run: str) -> dict[str, Any]:
-        """As `Client.layers`."""
-        return dict(await self._hold(self._talk.get(f"/v1/runs/{_part(run)}/layers")))
-
-    async def run_report(self, run: str) -> str:
-        """As `Client.run_report`."""
-        return await self._hold(self._talk.run_report(run))
-
-    async def sequence(self, run: str, name: str) -> dict[str, Any]:
-        """As `Client.sequence`."""
-        return await self._hold(self._talk.sequence(run, name))
+    query = _awaited(_Talk.query)
+    ask = _awaited(_Talk.ask)
+    submit = _awaited(_Talk.submit)
+    state = _awaited(_Talk.state)
+    queries = _awaited(_Talk.queries)
+    cancel = _awaited(_Talk.cancel)
+    forget = _awaited(_Talk.forget)
+    report = _awaited(_Talk.report)
+    words = _awaited(_Talk.words)
+    runs = _awaited(_Talk.runs)
+    run = _awaited(_Talk.run)
+    layers = _awaited(_Talk.layers)
+    health = _awaited(_Talk.health)
+    run_report = _awaited(_Talk.run_report)
+    sequence = _awaited(_Talk.sequence)
+    tokens = _awaited(_Talk.tokens)
+    examples = _awaited(_Talk.examples)
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,13 +25,10 @@ from ekfac import (
     capture,
     gradient_blocks,
     layer_device,
-    position_inner_products,
-    token_losses,
     true_label_loss,
-    weighted,
 )
 from indexing import ALIKE, all_duplicates, best
-from influence.attribution import AttributedModel, precondition, query_gradients
+from influence.attribution import AttributedModel, precondition, query_gradients, score_batch
 from influence.batches import in_batches
 from influence.concentration import concentration
 from influence.errors import RequestError
@@ -67,6 +65,10 @@ Keep = Callable[[str, Callable[[], Arrays]], Arrays]
 
 def nothing_kept(_: str, work: Callable[[], Arrays]) -> Arrays:
     return work()
+
+
+PLACE = ("evaluations", "health")
+"""Where in a run directory `influence health` leaves what it found."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -177,11 +179,9 @@ def measure_health(
             "run": str(run.directory),
             "model": run.description["fingerprints"]["model"],
             "data": run.description["fingerprints"]["data"],
-            "rows": run.fingerprints["rows"],
             "method": "ekfac",
             "damping": run.description["settings"]["factors"]["damping"],
-            "appended": len(run.store) - len(run.training),
-            "removed": int((~live).sum()),
+            **_state(run),
             "seconds": {
                 "passes": round(passed - start, 3),
                 "duplicates": round(found - passed, 3),
@@ -190,6 +190,33 @@ def measure_health(
         },
     }
     return Health(columns=columns, summary=summary)
+
+
+def health_file(run: "Run") -> Path:
+    """Where the summary of the run's health is, once it was measured and not written elsewhere."""
+    return run.directory.path.joinpath(*PLACE, "health.json")
+
+
+def last_health(run: "Run") -> dict[str, Any] | None:
+    """The summary that `influence health` left in the run directory, with `run` and `created` as a page has them; None when there is none.
+
+    Raises RequestError when sequences were appended or removed since.
+    """
+    path = health_file(run)
+    try:
+        summary = json.loads(path.read_bytes())
+        created = date.fromtimestamp(path.stat().st_mtime).isoformat()
+    except FileNotFoundError:
+        return None
+    told = summary["provenance"]
+    if [told[name] for name in ("rows", "appended", "removed")] != list(_state(run).values()):
+        raise RequestError(f"{run.directory} has changed since its health was measured: `influence health` measures it again")
+    return {"run": run.directory.name, "created": created, **summary}
+
+
+def _state(run: "Run") -> dict[str, Any]:
+    """What tells the sequences that health was measured of from those of another time: nothing that was appended or removed comes back."""
+    return {"rows": run.fingerprints["rows"], "appended": len(run.store) - len(run.training), "removed": int((~run.live).sum())}
 
 
 def health_fingerprint(run: "Run", queries: Measurement | None) -> str:
@@ -244,19 +271,8 @@ class _Passes:
         influence, losses = np.zeros((len(sequences), len(names))), np.zeros(len(sequences))
         done = 0
         for members, batch in in_batches(sequences, attributed.budget, attributed.device):
-            columns: dict[str, torch.Tensor] = {}
-            own: list[torch.Tensor] = []
-
-            def loss(batch: Any = batch, own: list[torch.Tensor] = own) -> torch.Tensor:
-                own.append(token_losses(attributed.model, batch))
-                return weighted(own[0], batch).sum()
-
-            def consume(layer: Layer, record: Record, columns: dict[str, torch.Tensor] = columns) -> None:
-                columns[layer.name] = position_inner_products(record, vector[layer.name]).double().sum(1).cpu()
-
-            capture(attributed.model, attributed.layers, loss, batch.reached, consume)
-            influence[members] = torch.stack([columns[name] for name in names], 1).numpy()
-            losses[members] = own[0].detach().double().sum(1).cpu().numpy()
+            influence[members], _, token_losses = score_batch(attributed, vector, batch)
+            losses[members] = token_losses.sum(1)
             done += len(members)
             advance(done)
         influence /= len(self.run.training)

@@ -28,6 +28,7 @@ from influence.fidelity import Fidelity
 from influence.filters import matching
 from influence.health import Health, measure_health
 from influence.jax_model import check_trusted
+from influence.kept_gradients import KeptGradients
 from influence.lexical import LexicalSearch, read_lexical
 from influence.measurement import (
     MeasuredFunction,
@@ -259,6 +260,11 @@ class Run:
             return feature_spec(self.coverage.layers, weights, self.index_config.row_length, self.index_config.seed)
         except ValueError as error:
             raise RequestError(str(error)) from None
+
+    @cached_property
+    def kept_gradients(self) -> KeptGradients:
+        """What scores candidates; keeps no gradient until it is given memory for it."""
+        return KeptGradients(self.coverage.layers)
 
     @property
     def row_format(self) -> RowFormat:

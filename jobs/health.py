@@ -21,7 +21,7 @@ from rich.text import Text
 from safetensors.numpy import load_file, save_file
 
 from influence.errors import RequestError
-from influence.health import Arrays, Health, Keep, health_fingerprint, measure_health
+from influence.health import PLACE, Arrays, Health, Keep, health_fingerprint, measure_health
 from influence.measurement import Measurement
 from influence.report import words
 from influence.report.report import CSV, PARQUET
@@ -61,7 +61,7 @@ def health(
     opened = open_within(run, model, memory_budget)
     if out is None:
         opened.directory.check_keeps_files("--out")
-    directory = out or opened.directory.path / "evaluations" / "health"
+    directory = out or opened.directory.path.joinpath(*PLACE)
     if directory.exists() and not directory.is_dir():
         raise RequestError(f"--out: {directory} is not a directory; name another one")
     asked = None

@@ -77,8 +77,13 @@ def settings_of(
     budget = parse_bytes(memory_budget)
     if not isinstance(budget, int) or budget <= 0:
         raise RequestError(f"--memory-budget: {memory_budget!r} is not a size such as 4GiB")
+    named = named_runs(runs)
+    for name, place in named.items():
+        other = None if runs_dir is None else runs_dir.resolve() / name
+        if other is not None and (other / "run.json").is_file() and str(other) != place:
+            raise RequestError(f"{place} and {other} are both called {name}: rename one")
     return ServiceSettings(
-        runs=named_runs(runs),
+        runs=named,
         runs_dir=None if runs_dir is None else runs_dir.resolve(),
         state_dir=(state_dir or state_directory(runs, runs_dir)).resolve(),
         tokens_file=None if tokens is None else tokens.resolve(),

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from influence.service import ServiceSettings, create_app
 
@@ -73,7 +74,13 @@ def until(condition: Any) -> Any:
 @contextmanager
 def application(settings: ServiceSettings) -> Iterator[str]:
     """The address of the application with these settings, in a thread; its runs are loaded."""
-    app = create_app(settings)
+    with running(create_app(settings)) as url:
+        yield url
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """The address of this application, in a thread; its runs are loaded."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -19,9 +19,11 @@ from small_run import World, documents, run_pipeline, write_jsonl
 from test_report_page import chromium  # noqa: F401
 from test_service import slow_models
 
+from influence.run import open_run
 from influence.service import ServiceSettings
 from influence.service.settings import named_runs
 from influence.service.tokens import add_token
+from jobs.health import write_health
 
 pytestmark = pytest.mark.browser
 
@@ -183,6 +185,34 @@ def test_tokens_dragged_over_are_the_span(visit: Visit) -> None:
     assert "Only tokens 2 to 3 of the completion" in visit.tab.locator(".answer .lead").inner_text()
 
 
+def test_with_ctrl_several_places_are_the_span_and_a_link_keeps_them(visit: Visit) -> None:
+    visit.fill()
+    chips = visit.tab.locator(".chip")
+    for place, keys in ((0, []), (2, ["Control"]), (1, ["Control"]), (1, ["Control"])):
+        chips.nth(place).click(modifiers=keys)
+    assert [chip.get_attribute("aria-selected") for chip in chips.all()][:3] == ["true", "false", "true"]
+    visit.tab.keyboard.press("ArrowRight")
+    visit.ask()
+    assert visit.kept()["request"]["span"] == [[0, 1], [2, 3]]
+    visit.tab.goto(str(visit.tab.get_by_role("link", name="Link to the question").evaluate("link => link.href")))
+    visit.answered()
+    assert visit.kept()["request"]["span"] == [[0, 1], [2, 3]]
+    visit.tab.locator(".chip[aria-selected=false]").nth(0).wait_for()
+    assert "“" in visit.tab.locator("#span-said").inner_text()
+
+
+def test_token_ids_are_asked_instead_of_text(visit: Visit) -> None:
+    visit.narrow()
+    visit.tab.get_by_label("Token ids instead of text").fill("5, 6,7")
+    assert visit.tab.get_by_label("After this prompt").is_disabled()
+    visit.ask()
+    assert visit.kept()["request"]["input_ids"] == [5, 6, 7]
+    assert "prompt" not in visit.kept()["request"]
+    visit.tab.get_by_label("Token ids instead of text").fill("5, six")
+    visit.tab.get_by_role("button", name="Ask", exact=True).click()
+    visit.tab.locator("#problem").wait_for()
+
+
 def test_keyboard_alone_selects_a_span_asks_and_reads_the_answer(visit: Visit) -> None:
     keys = visit.tab.keyboard
     visit.tab.get_by_label("After this prompt").focus()
@@ -261,6 +291,18 @@ def test_the_report_on_the_run_is_one_click_away(visit: Visit) -> None:
         visit.tab.get_by_role("button", name="Report on this run").click()
     assert download.value.suggested_filename == "influence-small.html"
     assert "<h1>Run small</h1>" in Path(download.value.path()).read_text(encoding="utf-8")
+
+
+def test_the_report_on_the_training_set_is_there_once_it_was_measured(visit: Visit, runs: Path) -> None:
+    button = visit.tab.get_by_role("button", name="Report on its training set")
+    visit.open("#run=other")
+    assert button.count() == 0
+    write_health(open_run(runs / "other").health(k=3), runs / "other" / "evaluations" / "health")
+    visit.open("#run=other")
+    with visit.tab.expect_download() as download:
+        button.click()
+    assert download.value.suggested_filename == "influence-other-training-set.html"
+    assert "near-duplicates" in Path(download.value.path()).read_text(encoding="utf-8").lower()
 
 
 def test_nothing_found_is_said(visit: Visit) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from served import Served, application, serving, until, without_times
+from served import Served, application, running, serving, until, without_times
 from small_run import Influence, World, write_jsonl
 from torch import nn
 from transformers import GPT2LMHeadModel
@@ -29,7 +29,7 @@ from influence.filters import matching
 from influence.measurement import Member, combine
 from influence.refinement import RefineOptions
 from influence.run import Run, open_run
-from influence.service import Limits, ServiceSettings
+from influence.service import Limits, ServiceSettings, create_app
 from influence.service import catalog as catalog_module
 from influence.service.catalog import Catalog, example_queries, resident_bytes
 from influence.service.settings import named_runs
@@ -524,6 +524,88 @@ def test_what_no_query_of_a_batch_can_be_answered_with_is_found_out_once(
     assert len(conditions) <= 3, "one for each batch, and one for the query alone"
 
 
+# what goes wrong around it
+
+
+def test_a_state_directory_that_cannot_be_written_is_told_and_quick_queries_are_answered(run: Path, tmp_path: Path) -> None:
+    app = create_app(ServiceSettings(runs=named_runs([run]), state_dir=tmp_path / "state"))
+    store = app.state.service.store
+    with running(app) as url, httpx.Client(base_url=url, timeout=60) as http:
+        (pages,) = store._rows("PRAGMA page_count")[0]
+        store._rows(f"PRAGMA max_page_count = {pages}")
+        found = [ask(http, k=k, completion=f" the Tagus and more of it {k}") for k in (1, 2, 3)]
+        assert {answer.status_code for answer in found} == {200}
+        refused = [ask(http, exact=True, k=k, prompt="Lisbon " * 500) for k in (1, 2)]
+        assert {(one.status_code, one.json()["error"]["code"], one.headers["retry-after"]) for one in refused} == {
+            (503, "unavailable", "30")
+        }
+        assert "full" in refused[0].json()["error"]["message"]
+        store._rows("PRAGMA max_page_count = 1000000")
+        accepted = ask(http, exact=True)
+        assert accepted.status_code == 202
+        assert finished_query(http, accepted.json()["id"])["state"] == "done"
+
+
+NESTED = 200_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": ' + b"[" * NESTED + b"]" * NESTED + b"}",
+        b'{"completion": " x", "k": ' + b"9" * 100_000 + b"}",
+        b'{"completion": " x", "where": "' + b"(" * 15_000 + b'"}',
+        b'{"completion": " x", "layers": ["' + b"*a" * 5_000 + b'"]}',
+        b'{"completion": " x", "where": "/' + b"/a a" * 4_000 + b'"}',
+        b'{"completion": " x", "prompt": "' + b"a " * 100_000 + b'"}',
+        b"\xff\xfe",
+        b"null",
+    ],
+    ids=["nested", "number", "parentheses", "glob", "path", "long", "bytes", "null"],
+)
+def test_whatever_stands_in_a_body_is_refused_soon_and_in_one_line(http: httpx.Client, body: bytes) -> None:
+    start = time.monotonic()
+    response = http.post("/v1/runs/small/queries", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code in (400, 422), response.text
+    assert "\n" not in response.json()["error"]["message"]
+    assert time.monotonic() - start < 20
+    assert ask(http, k=1).status_code == 200
+
+
+def test_tokens_are_told_of_no_more_text_than_can_be_asked(http: httpx.Client) -> None:
+    response = http.post("/v1/runs/small/tokens", json={"completion": "a " * 50_000})
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "refused")
+    assert "at most 4096" in response.json()["error"]["message"]
+
+
+def test_a_run_that_is_removed_or_replaced_while_it_is_served_is_told_and_comes_back(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for name in ("one", "other"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    settings = ServiceSettings(
+        runs=named_runs([tmp_path / "runs" / "one"]), runs_dir=tmp_path / "runs", state_dir=tmp_path / "state", limits=Limits(batch=1)
+    )
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
+        assert [ask(http, name).status_code for name in ("one", "other")] == [200, 200]
+        for name in ("one", "other"):
+            (tmp_path / "runs" / name).rename(tmp_path / name)
+        gone = [ask(http, name, k=3) for name in ("one", "other")]
+        assert [(one.status_code, one.json()["error"]["code"]) for one in gone] == [(409, "stale"), (404, "not_found")]
+        assert all(str(tmp_path) not in one.text for one in gone)
+        assert [facts["state"] for facts in http.get("/v1/runs").json()["runs"]] == ["unusable"]
+        for name in ("one", "other"):
+            (tmp_path / name).rename(tmp_path / "runs" / name)
+        assert [ask(http, name, k=3).status_code for name in ("one", "other")] == [200, 200]
+
+
+def test_two_runs_of_one_name_are_refused(finished: Path, tmp_path: Path, influence: Influence) -> None:
+    for parent in ("a", "b"):
+        shutil.copytree(finished, tmp_path / parent / "demo")
+    message = "are both called demo: rename one"
+    influence("serve", tmp_path / "a/demo", tmp_path / "b/demo").says(message)
+    influence("serve", tmp_path / "a/demo", "--runs-dir", tmp_path / "b").says(message)
+
+
 # changes of a run
 
 
@@ -749,6 +831,23 @@ def test_the_run_that_was_used_longest_ago_is_released_when_memory_is_short(fini
     assert [catalog.is_loaded(name) for name in ("one", "two", "three")] == [True, False, True]
 
 
+def test_gradients_of_candidates_are_kept_in_half_of_what_loaded_runs_leave(finished: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    size = resident_bytes(open_run(finished))
+    catalog = Catalog(ServiceSettings(runs_dir=tmp_path / "runs", state_dir=tmp_path / "state", memory_budget=5 * size))
+    options = QueryOptions(k=2, candidates=10)
+    with catalog.using(["one"]) as opened:
+        kept = opened["one"].run.kept_gradients
+        assert kept.limit_bytes == 2 * size
+        opened["one"].run.answer([opened["one"].run.measure(*QUESTION.values())], options)
+        assert catalog.kept_bytes == kept.num_bytes > 0
+    with catalog.using(["two"]) as opened:
+        assert (kept.limit_bytes, opened["two"].run.kept_gradients.limit_bytes) == (3 * size // 4,) * 2
+    with catalog.using(["one"]) as opened:
+        assert opened["one"].run.kept_gradients is kept, "what was kept stays while the run is loaded"
+
+
 def test_runs_that_do_not_fit_into_memory_together_are_not_averaged(finished: Path, tmp_path: Path) -> None:
     for name in ("one", "two", "three"):
         shutil.copytree(finished, tmp_path / "runs" / name)
@@ -786,6 +885,39 @@ def test_a_run_that_was_appended_to_is_not_taken_for_the_least_used(finished: Pa
     catalog.opened("two")
     catalog.loaded("three")
     assert [catalog.is_loaded(name) for name in ("one", "two", "three")] == [False, True, True]
+
+
+# the training set
+
+
+def test_health_is_served_as_it_was_left_in_the_run_until_that_changes(own_run: Path, tmp_path: Path, influence: Influence) -> None:
+    settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state")
+    paths = ("/v1/runs/own/health", "/v1/runs/own/report?about=training-set")
+
+    def statuses() -> list[tuple[int, str]]:
+        found = [http.get(path) for path in paths]
+        return [(one.status_code, one.json()["error"]["code"] if one.status_code != 200 else "") for one in found]
+
+    with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http:
+        assert statuses() == [(404, "not_found")] * 2
+        assert http.get("/v1/runs/own").json()["health"] is False
+        printed = influence("health", own_run, "--json", "-k", 3).json
+        assert http.get("/v1/runs/own").json()["health"] is True
+        found, page = (http.get(path) for path in paths)
+        told = {**printed, "provenance": {**printed["provenance"], "run": "own"}}
+        assert {key: value for key, value in found.json().items() if key in told} == {k: v for k, v in told.items() if k != "page"}
+        assert page.headers["content-type"].startswith("text/html")
+        assert unescape(printed["largest"][0]["id"]) in page.text
+        assert str(own_run) not in found.text + page.text
+        (tmp_path / "ids").write_text("doc-00\n")
+        assert influence("remove", own_run, "--ids", tmp_path / "ids").status == 0
+        assert statuses() == [(409, "stale")] * 2
+        assert influence("health", own_run, "-k", 3).status == 0
+        assert http.get(paths[0]).json()["sequences"] == printed["sequences"] - len(
+            [n for n in open_run(own_run).store.ids if "doc-00" in n]
+        )
+        (own_run / "evaluations/health/health.json").write_text("{")
+        assert statuses() == [(409, "stale")] * 2
 
 
 # what the page asks for

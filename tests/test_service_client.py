@@ -5,12 +5,14 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
+import httpx
 import pytest
 from served import application
 from small_run import Influence, write_jsonl
@@ -56,7 +58,26 @@ def test_the_client_gives_what_the_run_gives(url: str, run: Path) -> None:  # no
         client.forget(exact.id)
         assert client.runs()[0]["name"] == "small"
         assert client.sequence("small", "doc-00:0")["document"] == "doc-00"
+        assert client.run("small")["sequences"] == client.runs()[0]["sequences"]
         assert client.layers("small")["parameters_attributed"] == 1.0
+        assert "<h1>Run small</h1>" in client.run_report("small")
+        for about_health in (client.health, partial(client.run_report, about="training-set")):
+            with pytest.raises(ServerRefusal, match="was not measured"):
+                about_health("small")
+
+
+def test_both_clients_can_be_asked_for_the_same_and_for_every_route(url: str) -> None:
+    asked = {name for name in vars(Client) if not name.startswith("_")}
+    assert asked == {name for name in vars(AsyncClient) if not name.startswith("_")}
+    routes = {
+        route["operationId"].split("_v1_")[0]
+        for path, methods in httpx.get(f"{url}/openapi.json").json()["paths"].items()
+        for route in methods.values()
+        if path.startswith("/v1")
+    }
+    called = {"one_run": "run", "query": "state"}
+    own = {"close", "query", "submit", "forget"}  # of several requests, or another way to ask one
+    assert {called.get(route, route) for route in routes - {"events"}} == asked - own
 
 
 def test_the_asynchronous_client_does_the_same(url: str) -> None:

@@ -48,6 +48,9 @@ class Runs(Catalog):
     def names(self) -> list[str]:
         return self.served
 
+    def places(self) -> dict[str, str]:
+        return {name: f"/runs/{name}" for name in self.served}
+
     def indexes(self, names: Sequence[str]) -> list[str]:
         return [f"index of {name}" for name in names]
 
@@ -74,14 +77,17 @@ class Service:
     def accept(self, prompt: str, run: str = "small", **body: Any) -> str:
         asked = QueryBody(prompt=prompt, completion=" x", exact=True, **body)
         kind = kind_of(run, self.runs.indexes([run, *asked.also]), asked)
-        question = Question(user="ada", run=run, question=prompt, kind=kind, body=asked.model_dump(exclude_defaults=True))
+        places = tuple(f"/runs/{name}" for name in [run, *asked.also])
+        question = Question(user="ada", run=run, places=places, question=prompt, kind=kind, body=asked.model_dump(exclude_defaults=True))
         name = self.store.accept(question).id
         self.engine.wake()
         return name
 
     def ask(self, prompt: str, kind: str = "quick") -> "Future[Answer]":
         body = QueryBody(prompt=prompt, completion=" x")
-        return self.engine.ask(Question(user="ada", run="small", question=prompt, kind=kind, body=body.model_dump()), body)
+        return self.engine.ask(
+            Question(user="ada", run="small", places=("/runs/small",), question=prompt, kind=kind, body=body.model_dump()), body
+        )
 
     def query(self, name: str) -> Query:
         found = self.store.get(name)
@@ -182,7 +188,9 @@ def test_a_result_that_is_no_json_fails_its_query_and_no_other(make: Callable[..
 
 def test_a_kept_body_that_cannot_be_read_any_more_fails_alone(make: Callable[..., Service]) -> None:
     service = make()
-    bad = service.store.accept(Question(user="ada", run="small", question="old", kind="scan", body={"prompt": "a", "dropped_option": 1})).id
+    bad = service.store.accept(
+        Question(user="ada", run="small", places=("/runs/small",), question="old", kind="scan", body={"prompt": "a", "dropped_option": 1})
+    ).id
     good = service.accept("good")
     service.engine.start([])
     assert (service.ended(bad).code, service.ended(good).state) == ("invalid", "done")
@@ -264,7 +272,7 @@ def test_a_stop_hands_work_back_at_once_and_is_no_attempt_even_when_the_work_doe
     service.engine.start([])
     until(lambda: service.work.batches)
     assert not service.engine.stop(0.1), "it says that the work has not ended: the store must not be closed yet"
-    (claimed,) = service.store.claim("next", 8, ["small"])
+    (claimed,) = service.store.claim("next", 8, {"small": "/runs/small"})
     assert claimed.id == name
     listens.append(True)
     until(lambda: service.engine.stop(1))

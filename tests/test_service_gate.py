@@ -1,5 +1,6 @@
 """The way into the service, which serves no run here: hosts, origins and event streams."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -41,6 +42,10 @@ def test_with_tokens_a_proxy_may_keep_the_name_it_was_asked_by(tmp_path: Path) -
         assert httpx.get(f"{url}/v1/runs", headers={"Host": "influence.example"}).status_code == 401
 
 
+def test_requests_under_way_are_counted(http: httpx.Client) -> None:
+    assert re.search(r"^influence_requests_under_way 1\.0$", http.get("/metrics").text, re.M), "this one"
+
+
 def test_headers_that_are_no_address_are_refused_as_such(http: httpx.Client) -> None:
     for path in ("/v1/runs", "/healthz", "/nothing"):
         found = http.get(path, headers={"Host": "["})
@@ -53,7 +58,7 @@ def test_headers_that_are_no_address_are_refused_as_such(http: httpx.Client) -> 
 def test_event_streams_are_no_requests_under_way_but_a_user_has_only_so_many_and_each_ends(tmp_path: Path) -> None:
     limits = Limits(requests=1, streams=2, stream_seconds=3.0)
     store = QueryStore(tmp_path / "state", limits)
-    name = store.accept(Question(user="local", run="not served", question="", kind="scan", body={})).id
+    name = store.accept(Question(user="local", run="not served", places=("/nowhere",), question="", kind="scan", body={})).id
     store.close()
     with application(settings(tmp_path, limits)) as url, httpx.Client(base_url=url, timeout=30) as http, ExitStack() as stack:
         start = time.monotonic()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ from influence.service import store as store_module
 from influence.service.errors import ServiceError
 from influence.service.store import MOST_ATTEMPTS, QueryStore, Question
 
-RUNS = ["small"]
+RUNS = {"small": "/runs/small"}
 
 
 def question(name: str = "one", user: str = "ada", kind: str = "scan") -> Question:
-    return Question(user=user, run="small", question=name, kind=kind, body={"prompt": name, "completion": " x"})
+    return Question(user=user, run="small", places=("/runs/small",), question=name, kind=kind, body={"prompt": name, "completion": " x"})
 
 
 @pytest.fixture
@@ -115,11 +116,58 @@ def test_the_oldest_finished_queries_are_forgotten_and_unfinished_ones_never(tmp
 
 def test_only_queries_of_the_given_runs_are_claimed_and_of_averages_only_those_over_them(store: QueryStore) -> None:
     single = store.accept(question("single")).id
-    average = store.accept(replace(question("average", kind="average"), body={"also": ["large"]})).id
-    assert store.claim("other", 8, ["large"]) == []
+    both = {**RUNS, "large": "/runs/large"}
+    average = store.accept(replace(question("average", kind="average"), places=tuple(both.values()), body={"also": ["large"]})).id
+    assert store.claim("other", 8, {"large": "/runs/large"}) == []
     assert [query.id for query in store.claim("worker", 8, RUNS)] == [single]
     assert store.claim("worker", 8, RUNS) == []
-    assert [query.id for query in store.claim("worker", 8, ["large", "small"])] == [average]
+    assert [query.id for query in store.claim("worker", 8, both)] == [average]
+
+
+def test_another_run_of_the_same_name_is_another_services(store: QueryStore) -> None:
+    name = store.accept(question()).id
+    assert store.claim("other", 8, {"small": "/elsewhere/small"}) == []
+    assert [query.id for query in store.claim("worker", 8, RUNS)] == [name]
+
+
+def test_a_query_of_a_run_that_nobody_serves_any_more_is_given_up_in_the_end(store: QueryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = {"small": "/elsewhere/small"}
+    old = store.accept(question("old")).id
+    assert store.claim("other", 8, elsewhere) == []
+    monkeypatch.setattr(store_module, "ABANDONED_SECONDS", -1.0)
+    assert store.claim("other", 8, elsewhere) == []
+    found = store.get(old)
+    assert found is not None
+    assert (found.state, found.code) == ("failed", "failed")
+    served = store.accept(question("served")).id
+    assert [query.id for query in store.claim("worker", 8, RUNS)] == [served], "one that only waited long for its turn is not"
+
+
+def test_a_full_disk_is_an_error_and_nothing_else_and_passes(store: QueryStore) -> None:
+    before = store.accept(question("before")).id
+    (pages,) = store._rows("PRAGMA page_count")[0]
+    store._rows(f"PRAGMA max_page_count = {pages}")
+    large = "x" * 100_000
+    for _ in range(2):
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            store.keep([("large", large, question("large"))])
+    assert store.get("large") is None
+    store._rows("PRAGMA max_page_count = 100000")
+    store.keep([("large", large, question("large"))])
+    assert [query.id for query in store.claim("worker", 8, RUNS)] == [before]
+
+
+def test_a_queue_of_the_version_before_is_read(tmp_path: Path) -> None:
+    store = QueryStore(tmp_path, Limits())
+    name = store.accept(question()).id
+    store.close()
+    with closing(sqlite3.connect(tmp_path / "queries.sqlite3")) as connection, connection:
+        connection.execute("ALTER TABLE queries DROP COLUMN places")
+        connection.execute("PRAGMA user_version = 2")
+    store = QueryStore(tmp_path, Limits())
+    assert store.claim("worker", 8, {"large": "/runs/large"}) == []
+    assert [query.id for query in store.claim("worker", 8, RUNS)] == [name]
+    store.close()
 
 
 def test_queries_that_were_tried_before_are_claimed_one_by_one(store: QueryStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +289,7 @@ def test_two_processes_that_claim_at_once_never_hold_the_same_query(tmp_path: Pa
     script = (
         "import sys, json; from pathlib import Path; from influence.service import Limits; from influence.service.store import QueryStore\n"
         "store, held = QueryStore(Path(sys.argv[1]), Limits()), []\n"
-        "while claimed := store.claim(sys.argv[2], 1, ['small']): held += [query.id for query in claimed]\n"
+        "while claimed := store.claim(sys.argv[2], 1, {'small': '/runs/small'}): held += [query.id for query in claimed]\n"
         "print(json.dumps(held))"
     )
     workers = [

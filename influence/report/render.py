@@ -42,7 +42,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     detailed = queries[:DETAILED]
     data["queries"] = data["queries"][:DETAILED]
     anchors = {query["name"]: query["anchor"] for query in detailed}
-    style, script = _resource("page.css"), _script()
+    style, script = _style(), _script()
     page = _filled(
         "page.html",
         title=str(report.get("title") or "Influence report"),
@@ -81,7 +81,7 @@ def render_run(facts: Mapping[str, Any]) -> str:
 
 
 def _without_script(template: str, content: Mapping[str, Any]) -> str:
-    style = _resource("page.css")
+    style = _style()
     return _filled(template, **content, style=Markup(style), policy=_policy(style))
 
 
@@ -124,6 +124,10 @@ def _policy(style: str, script: str | None = None) -> str:
 
 def _digest(inline: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+
+
+def _style() -> str:
+    return _resource("shared/base.css") + _resource("page.css")
 
 
 def _script() -> str:

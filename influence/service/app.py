@@ -1,5 +1,7 @@
 """The service as one ASGI application: the same for a process of its own and for every replica on a cluster."""
 
+import logging
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -24,6 +26,8 @@ from influence.service.routes import Service, router
 from influence.service.settings import ServiceSettings
 from influence.service.store import QueryStore
 from influence.service.tokens import Tokens
+
+log = logging.getLogger("influence.service")
 
 STOP_SECONDS = 20.0
 
@@ -72,6 +76,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(sqlite3.Error, _store_error)
     app.include_router(router(service))
     page = Path(str(resources.files("influence.service"))) / "page"
     if page.is_dir():
@@ -82,6 +87,13 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 async def _service_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
     return JSONResponse(error.to_json(), error.status, error.headers)
+
+
+async def _store_error(_: Request, error: Exception) -> JSONResponse:
+    """The disk is full, or gone: quick queries are answered all the same."""
+    log.error("the state directory cannot be used", exc_info=error)
+    said = ServiceError(503, "unavailable", f"the service cannot write down or read its queries now ({error})", retry_seconds=30)
+    return JSONResponse(said.to_json(), said.status, said.headers)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

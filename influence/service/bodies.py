@@ -222,6 +222,7 @@ class RunFacts(BaseModel):
     damping: Any = None
     coverage: dict[str, Any] | None = None
     fidelity: dict[str, Any] | None = Field(None, description="how close the index was measured to come to exact EK-FAC")
+    health: bool = Field(False, description="whether `influence health` has measured its training set")
     fingerprints: dict[str, str] | None = None
     limits: dict[str, int] | None = Field(None, description="the largest k, candidates and number of tokens of a query")
 
@@ -251,6 +252,19 @@ class LayerReport(BaseModel):
     layers: list[dict[str, Any]]
     excluded: dict[str, str]
     parameters_attributed: float
+
+
+class TrainingSetHealth(BaseModel):
+    """The object of `influence health --json`, with when it was measured."""
+
+    model_config = ConfigDict(extra="allow")
+
+    run: str
+    created: str = Field(description="the day on which it was measured")
+    about: dict[str, Any] = Field(description="what influence is on: the training set itself, or queries")
+    sequences: int
+    tokens: int = Field(description="counted ones")
+    loss: float = Field(description="nats a token")
 
 
 class TokensBody(BaseModel):

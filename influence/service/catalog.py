@@ -5,6 +5,7 @@ Only the engine's thread loads and releases. Other threads read what needs no mo
 
 import gc
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,8 @@ from safetensors import SafetensorError
 from influence import artifacts
 from influence.batches import factor_bytes
 from influence.errors import RequestError
-from influence.report import render_run
+from influence.health import health_file, last_health
+from influence.report import render_health, render_run
 from influence.run import Run
 from influence.run_directory import digest
 from influence.run_facts import layer_facts, run_facts
@@ -89,6 +91,11 @@ class Catalog:
             found |= {path.name for path in self._settings.runs_dir.iterdir() if self._in_runs_dir(path.name) is not None}
         return sorted(found)
 
+    def places(self) -> dict[str, str]:
+        """Where each of them is, by name."""
+        found = {name: self._settings.runs.get(name) or self._in_runs_dir(name) for name in self.names()}
+        return {name: place for name, place in found.items() if place is not None}  # one that was removed meanwhile is nowhere
+
     def __contains__(self, name: str) -> bool:
         return name in self._settings.runs or self._in_runs_dir(name) is not None
 
@@ -149,7 +156,9 @@ class Catalog:
         """
         self._in_use.update(names)
         try:
-            yield self._loaded_together(names)
+            opened = self._loaded_together(names)
+            self._share_rest()
+            yield opened
         except (OSError, ArrowException, SafetensorError) as error:  # of files that are read when they are needed
             raise _damaged(", ".join(names), error) from None
         finally:
@@ -187,6 +196,15 @@ class Catalog:
         if released:
             gc.collect()
 
+    def _share_rest(self) -> None:
+        """Lets loaded runs keep candidates' gradients, equally many bytes each, in half of what they leave of the memory budget, for batches need
+        some too; and in no more than a quarter of the machine's memory, which the budget may exceed."""
+        loaded = [one for one in list(self._opened.values()) if one.loaded]
+        rest = max(0, self._settings.memory_budget - sum(one.num_bytes for one in loaded)) // 2
+        rest = min(rest, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+        for one in loaded:
+            one.run.kept_gradients.limit(rest // len(loaded))
+
     def is_loaded(self, name: str) -> bool:
         there = self._opened.get(name)
         return there is not None and there.loaded
@@ -194,6 +212,11 @@ class Catalog:
     @property
     def num_loaded(self) -> int:
         return sum(one.loaded for one in list(self._opened.values()))
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the gradients of candidates, over all loaded runs."""
+        return sum(one.run.kept_gradients.num_bytes for one in list(self._opened.values()) if one.loaded)
 
     def state_of_index(self, name: str, *, refine: bool) -> str:
         """Changes whenever an answer of the run could; a refined one depends on the state of the optimizer too."""
@@ -318,6 +341,21 @@ def run_page(opened: OpenedRun, state: str) -> str:
     return opened.page[1]
 
 
+def health_summary(opened: OpenedRun) -> dict[str, Any]:
+    """What `influence health` found and left in the run, without paths of this machine. Raises 404 when it left nothing, 409 when the run has
+    changed since."""
+    with reading(opened.name, opened.names):
+        found = last_health(opened.run)
+    if found is None:
+        raise not_found(f"the health of {opened.name} was not measured: `influence health RUN` does it, and leaves it in the run")
+    return found | {"run": opened.name, "provenance": found["provenance"] | {"run": opened.name}}
+
+
+def health_page(opened: OpenedRun) -> str:
+    """The page about the training set. Raises what `health_summary` raises."""
+    return render_health(health_summary(opened))
+
+
 def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:
     """Halves of training sequences, cut at a word, as prompt and completion; which ones depends on `seed` and their number alone.
 
@@ -335,9 +373,11 @@ def example_queries(run: Run, count: int, seed: int) -> list[dict[str, str]]:
     return found
 
 
-def question_tokens(run: Run, prompt: str, completion: str) -> dict[str, list[str]]:
-    """The tokens of a question as texts, those of the completion being what a span counts."""
+def question_tokens(run: Run, prompt: str, completion: str, most: int) -> dict[str, list[str]]:
+    """The tokens of a question as texts, those of the completion being what a span counts. Raises 422 when they are more than `most`."""
     ids, inside = encode_pair(run.tokenizer, prompt, completion)
+    if len(ids) > most:
+        raise ServiceError(422, "refused", f"the query has {len(ids)} tokens, and this service allows at most {most}")
     texts = list(zip(run.token_texts(np.array(ids, np.int32)), inside, strict=True))
     return {"prompt": [text for text, within in texts if not within], "completion": [text for text, within in texts if within]}
 
@@ -370,6 +410,7 @@ def _facts(opened: OpenedRun, loaded: bool, limits: dict[str, int]) -> dict[str,
             "excluded": run.coverage.excluded,
         },
         "fidelity": run.fidelity.to_json() if run.fidelity else None,
+        "health": run.directory.is_local and health_file(run).is_file(),
         "fingerprints": run.description["fingerprints"],
         "limits": limits,
     }

@@ -66,7 +66,7 @@ class Gate:
             await send(message)
 
         streams = _is_stream(scope)
-        self._under_way += not streams
+        self._count(not streams)
         try:
             self._admit(scope, line)
             with self._counted(line["user"]) if streams else nullcontext():
@@ -80,7 +80,7 @@ class Gate:
             said = ServiceError(500, "failed", f"the service failed at this request; its log says why under {line['request']}")
             await JSONResponse(said.to_json(), said.status)(scope, receive, outward)
         finally:
-            self._under_way -= not streams
+            self._count(-(not streams))
             self._write_down(scope, line, time.monotonic() - start)
 
     def _admit(self, scope: Scope, line: dict[str, Any]) -> None:
@@ -135,9 +135,9 @@ class Gate:
         if scope["path"] not in ("/healthz", "/readyz", "/metrics"):
             audit.info("request", extra=line | {"route": route, "seconds": round(seconds, 4)})
 
-    @property
-    def under_way(self) -> int:
-        return self._under_way
+    def _count(self, more: int) -> None:
+        self._under_way += more
+        self._metrics.requests_under_way.set(self._under_way)
 
 
 def _is_stream(scope: Scope) -> bool:

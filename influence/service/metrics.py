@@ -30,6 +30,9 @@ class Metrics:
         self.requests_under_way = Gauge("influence_requests_under_way", "requests that have no response yet", registry=self.registry)
         self.waiting = Gauge("influence_waiting_queries", "quick queries that wait", registry=self.registry)
         self.queued = Gauge("influence_queued_queries", "accepted queries that are not finished", registry=self.registry)
+        self.kept_bytes = Gauge(
+            "influence_kept_gradient_bytes", "memory of the gradients of candidates that are kept", registry=self.registry
+        )
         self.runs_loaded = Gauge("influence_runs_loaded", "runs whose model and factors are in memory", registry=self.registry)
 
     def text(self) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request, Response
 from fastapi import Query as QueryParameter
@@ -16,7 +16,18 @@ from starlette.concurrency import run_in_threadpool
 
 from influence.errors import RequestError
 from influence.service import answers, bodies
-from influence.service.catalog import Catalog, example_queries, facts_of, layer_report, question_tokens, reading, run_page, sequence_facts
+from influence.service.catalog import (
+    Catalog,
+    example_queries,
+    facts_of,
+    health_page,
+    health_summary,
+    layer_report,
+    question_tokens,
+    reading,
+    run_page,
+    sequence_facts,
+)
 from influence.service.engine import Answer, Engine
 from influence.service.errors import ServiceError, not_found, refused
 from influence.service.metrics import Metrics
@@ -79,6 +90,7 @@ class Service:
         return Question(
             user=user.name,
             run=run,
+            places=tuple(self.catalog.place(name) for name in runs),
             question=answers.question_of([run, *states], body),
             kind=answers.kind_of(run, self.catalog.indexes(runs), body),
             body=body.model_dump(exclude_defaults=True),
@@ -95,7 +107,7 @@ class Service:
         query = self.store.get(name)
         if query is not None and query.user != user.name and "admin" not in user.scopes:
             query = None
-        if query is not None and query.result is not None and self._shows_erased(query.run, query.result):
+        if query is not None and query.result is not None and self._shows_erased(query):
             self.store.forget(name)
             query = None
         if query is None:
@@ -109,12 +121,14 @@ class Service:
             raise ServiceError(409, "unfinished", f"the query is {query.state}: it has no result")
         return query, json.loads(query.result)
 
-    def _shows_erased(self, run: str, result: str) -> bool:
+    def _shows_erased(self, query: Query) -> bool:
         """Whether the result shows a sequence that was erased from its run. All results of before are looked through once; this one always,
-        for an answer that was under way during the erasure may have been written after that."""
-        erased = self.catalog.erased(run)
-        self.store.forget_erased(run, len(erased), lambda: erased)
-        return bool(erased) and not erased.isdisjoint(shown_sequences(json.loads(result)))
+        for an answer that was under way during the erasure may have been written after that. Of a run of the same name elsewhere nothing is known."""
+        if query.places and (query.run not in self.catalog or self.catalog.place(query.run) != query.places[0]):
+            return False
+        erased = self.catalog.erased(query.run)
+        self.store.forget_erased(query.run, len(erased), lambda: erased)
+        return bool(erased) and not erased.isdisjoint(shown_sequences(json.loads(query.result or "")))
 
 
 def router(service: Service) -> APIRouter:
@@ -144,6 +158,7 @@ def router(service: Service) -> APIRouter:
     def metrics() -> Response:
         service.metrics.waiting.set(service.engine.num_waiting)
         service.metrics.queued.set(service.store.num_unfinished())
+        service.metrics.kept_bytes.set(service.catalog.kept_bytes)
         service.metrics.runs_loaded.set(service.catalog.num_loaded)
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -180,13 +195,29 @@ def router(service: Service) -> APIRouter:
     @routes.get(
         "/v1/runs/{run}/report",
         tags=["runs"],
-        summary="What the run is made of and how good it is, as one HTML page",
+        summary="What the run is made of and how good it is, or what is known of its training set, as one HTML page",
         response_class=HTMLResponse,
+        responses=errors(404, 409, 422),
+    )
+    def run_report(
+        run: Name,
+        about: Annotated[
+            Literal["run", "training-set"], QueryParameter(description="the run, or its training set as `influence health` found it")
+        ] = "run",
+    ) -> HTMLResponse:
+        opened = service.catalog.opened(run)
+        page = health_page(opened) if about == "training-set" else run_page(opened, service.catalog.state_of_index(run, refine=False))
+        return HTMLResponse(page, headers={"Content-Security-Policy": REPORT_POLICY})
+
+    @routes.get(
+        "/v1/runs/{run}/health",
+        tags=["runs"],
+        summary="The training set as `influence health` found it; nothing is measured for a request",
+        response_model=bodies.TrainingSetHealth,
         responses=errors(404, 409),
     )
-    def run_report(run: Name) -> HTMLResponse:
-        page = run_page(service.catalog.opened(run), service.catalog.state_of_index(run, refine=False))
-        return HTMLResponse(page, headers={"Content-Security-Policy": REPORT_POLICY})
+    def health(run: Name) -> dict[str, Any]:
+        return health_summary(service.catalog.opened(run))
 
     @routes.get(
         "/v1/runs/{run}/sequences/{id:path}",
@@ -226,7 +257,7 @@ def router(service: Service) -> APIRouter:
     def tokens(run: Name, body: bodies.TokensBody) -> dict[str, list[str]]:
         opened = service.catalog.opened(run)
         with reading(run, opened.names):
-            return question_tokens(opened.run, body.prompt, body.completion)
+            return question_tokens(opened.run, body.prompt, body.completion, limits.query_tokens)
 
     @routes.post(
         "/v1/runs/{run}/queries",

@@ -4,8 +4,8 @@
        ↖________/  ↘ cancelled          (a query that was handed back, or whose worker died, is queued again)
 
 A worker holds the queries it works on by a lease that it renews; a worker that was killed stops renewing, and the next one takes over. Only the
-holder can finish a query, so each ends once, whatever happens. Several processes of one machine may share the file; each takes only the queries of
-runs that it serves.
+holder can finish a query, so each ends once, whatever happens. Several processes of one machine may share the file, replicas or services of other
+runs; each takes only the queries of runs that it serves, which are told by their places: two may have the same name.
 """
 
 import json
@@ -23,12 +23,15 @@ from influence.errors import RequestError
 from influence.service.errors import ServiceError, busy
 from influence.service.settings import Limits
 
-VERSION = 2
+VERSION = 3
 LEASE_SECONDS = 10.0
 MOST_ATTEMPTS = 3
 """How many workers may die or fail over a query before it is taken for the cause."""
 KEPT_SECONDS = 86_400.0
 """How long the result of an accepted query is kept at least, however many others its user asks."""
+
+ABANDONED_SECONDS = 7 * KEPT_SECONDS
+"""After which a query that waits for a run that nobody serves any more is given up."""
 
 FINISHED = ("done", "failed", "cancelled")
 
@@ -37,6 +40,7 @@ CREATE TABLE queries (
     id TEXT PRIMARY KEY,
     user TEXT NOT NULL,
     run TEXT NOT NULL,
+    places TEXT NOT NULL DEFAULT '[]',  -- JSON: where the run is, and those that its scores are averaged with
     question TEXT NOT NULL,             -- digest of the body and of the state of the index it is asked of
     kind TEXT NOT NULL,                 -- queries of one kind can be answered together
     body TEXT NOT NULL,
@@ -66,6 +70,7 @@ class Query:
     id: str
     user: str
     run: str
+    places: tuple[str, ...]
     question: str
     kind: str
     body: dict[str, Any]
@@ -98,6 +103,7 @@ class Question:
 
     user: str
     run: str
+    places: tuple[str, ...]  # where the run is, and those that its scores are averaged with
     question: str
     kind: str
     body: Mapping[str, Any]
@@ -125,6 +131,9 @@ class QueryStore:
                     for statement in _SCHEMA.split(";\n"):
                         connection.execute(statement)
                     connection.execute(f"PRAGMA user_version = {VERSION}")
+                elif found == 2:
+                    connection.execute("ALTER TABLE queries ADD COLUMN places TEXT NOT NULL DEFAULT '[]'")
+                    connection.execute(f"PRAGMA user_version = {VERSION}")
                 elif found != VERSION:
                     raise RequestError(f"{path} was made by another version ({found}; this one reads {VERSION}): take another --state-dir")
         except sqlite3.DatabaseError as error:
@@ -140,10 +149,11 @@ class QueryStore:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # a full disk may have ended it already
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock:
@@ -224,13 +234,15 @@ class QueryStore:
 
     # for workers
 
-    def claim(self, worker: str, most: int, runs: Sequence[str]) -> list[Query]:
+    def claim(self, worker: str, most: int, runs: Mapping[str, str]) -> list[Query]:
         """The oldest query that waits, or whose worker died, and others of its kind, at most so many; they are this worker's now. Only those that
-        need no other than these runs. One that was tried before comes alone, so that it takes no other with it if it ends its worker again."""
-        now, served = time.time(), json.dumps(runs)
+        need no other than these runs, name by place. One that was tried before comes alone, so that it takes no other with it if it ends its
+        worker again."""
+        now, served = time.time(), (json.dumps(list(runs)), json.dumps(list(runs)), json.dumps(list(runs.values())))
         waiting = (
             "(state = 'queued' OR (state = 'running' AND lease < ?)) AND run IN (SELECT value FROM json_each(?)) "
-            "AND NOT EXISTS (SELECT 1 FROM json_each(body, '$.also') WHERE value NOT IN (SELECT value FROM json_each(?)))"
+            "AND NOT EXISTS (SELECT 1 FROM json_each(body, '$.also') WHERE value NOT IN (SELECT value FROM json_each(?))) "
+            "AND NOT EXISTS (SELECT 1 FROM json_each(places) WHERE value NOT IN (SELECT value FROM json_each(?)))"
         )
         with self._transaction() as connection:
             connection.execute(
@@ -238,17 +250,22 @@ class QueryStore:
                 "WHERE (state = 'queued' OR (state = 'running' AND lease < ?)) AND attempts >= ?",
                 (f"the service ended or failed {MOST_ATTEMPTS} times while it worked on this query", now, now, MOST_ATTEMPTS),
             )
+            connection.execute(
+                f"UPDATE queries SET state = 'failed', code = 'failed', message = ?, finished = ? WHERE state = 'queued' AND created < ? "
+                f"AND NOT ({waiting})",
+                (f"nobody has served the run for {ABANDONED_SECONDS / 86_400:g} days", now, now - ABANDONED_SECONDS, now, *served),
+            )
             first = connection.execute(
-                f"SELECT id, run, kind, attempts FROM queries WHERE {waiting} ORDER BY created LIMIT 1", (now, served, served)
+                f"SELECT id, run, places, kind, attempts FROM queries WHERE {waiting} ORDER BY created LIMIT 1", (now, *served)
             ).fetchone()
             if first is None:
                 return []
-            name, run, kind, attempts = first
+            name, run, places, kind, attempts = first
             names = [(name,)]
             if attempts == 0:
                 names = connection.execute(
-                    f"SELECT id FROM queries WHERE {waiting} AND run = ? AND kind = ? AND attempts = 0 ORDER BY created LIMIT ?",
-                    (now, served, served, run, kind, most),
+                    f"SELECT id FROM queries WHERE {waiting} AND run = ? AND places = ? AND kind = ? AND attempts = 0 ORDER BY created LIMIT ?",
+                    (now, *served, run, places, kind, most),
                 ).fetchall()
             connection.executemany(
                 "UPDATE queries SET state = 'running', worker = ?, lease = ?, attempts = attempts + 1 WHERE id = ?",
@@ -313,7 +330,7 @@ class QueryStore:
         )
 
 
-_COLUMNS = "id, user, run, question, kind, body, state, created, finished, progress_done, progress_total, result, code, message"
+_COLUMNS = "id, user, run, places, question, kind, body, state, created, finished, progress_done, progress_total, result, code, message"
 
 
 def shown_sequences(result: Mapping[str, Any]) -> Iterator[str]:
@@ -331,11 +348,13 @@ def new_id() -> str:
 def _insert(connection: sqlite3.Connection, question: Question, name: str, state: str, result: str | None) -> Query:
     now = time.time()
     connection.execute(
-        "INSERT INTO queries (id, user, run, question, kind, body, state, created, finished, result) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO queries (id, user, run, places, question, kind, body, state, created, finished, result) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             name,
             question.user,
             question.run,
+            json.dumps(question.places),
             question.question,
             question.kind,
             json.dumps(question.body, ensure_ascii=True),
@@ -349,11 +368,12 @@ def _insert(connection: sqlite3.Connection, question: Question, name: str, state
 
 
 def _query(row: Sequence[Any]) -> Query:
-    name, user, run, question, kind, body, state, created, finished, done, total, result, code, message = row
+    name, user, run, places, question, kind, body, state, created, finished, done, total, result, code, message = row
     return Query(
         id=name,
         user=user,
         run=run,
+        places=tuple(json.loads(places)),
         question=question,
         kind=kind,
         body=json.loads(body),

@@ -43,7 +43,7 @@ function toolbar(query, words, actions) {
     button("CSV", () => save(`${file}.csv`, csv(query), "text/csv;charset=utf-8")),
     button("HTML report", () => actions.guard(async () => save(`${file}.html`, await api.report(query.id), "text/html"))),
     html("a", { class: "button", href: address.write({ run: query.run, query: query.id }) }, "Link to this answer"),
-    query.request.input_ids ? null : html("a", { class: "button", href: address.write(question(query)) }, "Link to the question"),
+    html("a", { class: "button", href: address.write(question(query)) }, "Link to the question"),
     button("Compare with another question", () => actions.compare(query)),
     ...(query.request.input_ids ? [] : actions.runs.filter((name) => name !== query.run).map((name) => button(`Compare with run ${name}`, () => actions.compareRun(query, name)))));
 }

@@ -41,7 +41,7 @@ export const latest = async (limit) => (await json(`/v1/queries?limit=${limit}`)
 export const state = (id, signal) => json(`/v1/queries/${part(id)}`, { signal });
 export const words = (id) => json(`/v1/queries/${part(id)}/words`);
 export const cancel = (id) => json(`/v1/queries/${part(id)}`, { method: "DELETE" });
-export const runReport = async (run) => (await send(`/v1/runs/${part(run)}/report`)).blob();
+export const runReport = async (run, about = "run") => (await send(`/v1/runs/${part(run)}/report?about=${about}`)).blob();
 export const report = async (id) => (await send(`/v1/queries/${part(id)}/report`)).blob();
 
 // The state of the query: done, with its result, or accepted. An abort gives it up.

@@ -5,7 +5,7 @@ import { byId } from "./dom.js";
 import { SpanChooser } from "./span.js";
 
 const TYPING_MILLISECONDS = 250;
-const NARROWING = ["contrast", "where", "layers", "candidates", "also"];
+const NARROWING = ["contrast", "where", "layers", "candidates", "also", "input_ids"];
 const SWITCHES = ["normalize", "exact", "refine", "by_output_token"]; // beside bm25, which is on at first
 const list = (text) => text.split(",").map((one) => one.trim()).filter(Boolean);
 
@@ -26,7 +26,7 @@ export class AskForm {
       byId(id).addEventListener("input", () => this.#typed());
       byId(id).addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && byId("ask").requestSubmit());
     }
-    byId("contrast").addEventListener("input", () => this.#contrasted());
+    for (const id of ["contrast", "input_ids"]) byId(id).addEventListener("input", () => this.#contrasted());
     byId("options").addEventListener("input", () => this.#summary());
     byId("add-space").addEventListener("click", () => {
       byId("completion").value = ` ${byId("completion").value}`;
@@ -37,8 +37,11 @@ export class AskForm {
 
   body() {
     const value = (id) => byId(id).value;
-    const body = { prompt: value("prompt"), completion: value("completion"), both_ends: true };
-    if (value("contrast")) body.contrast = value("contrast");
+    const ids = list(value("input_ids")).map((id) => (Number.isInteger(Number(id)) ? Number(id) : id));
+    const body = { ...(ids.length ? { input_ids: ids } : { prompt: value("prompt"), completion: value("completion") }), both_ends: true };
+    if (ids.length) {
+      // every token counts, and there is no text to put another beside
+    } else if (value("contrast")) body.contrast = value("contrast");
     else if (this.chooser.span) body.span = this.chooser.span;
     if (value("where").trim()) body.where = value("where").trim();
     for (const id of ["layers", "also"]) if (list(value(id)).length) body[id] = list(value(id));
@@ -55,11 +58,11 @@ export class AskForm {
     byId("completion").value = given.completion ?? given.text ?? "";
     byId("contrast").value = given.contrast ?? "";
     byId("where").value = given.where ?? "";
-    for (const id of ["layers", "also"]) byId(id).value = (given[id] ?? []).join(", ");
+    for (const id of ["layers", "also", "input_ids"]) byId(id).value = (given[id] ?? []).join(", ");
     byId("candidates").value = given.candidates ?? "";
     byId("k").value = given.k ?? 10;
     for (const id of [...SWITCHES, "bm25"]) byId(id).checked = Boolean(given[id]);
-    this.#wanted = Array.isArray(given.span?.[0]) ? null : given.span ?? null; // the form has one span
+    this.#wanted = given.span ?? null;
     this.chooser.set([]);
     if (NARROWING.some((name) => given[name]?.length || given[name] > 0) || SWITCHES.some((name) => given[name])) byId("options").open = true;
     this.#contrasted();
@@ -104,6 +107,9 @@ export class AskForm {
 
   #contrasted() {
     this.chooser.disable(byId("contrast").value ? "All tokens count: a contrast compares whole completions." : false);
+    const ids = Boolean(byId("input_ids").value.trim());
+    for (const id of ["prompt", "completion", "contrast"]) byId(id).disabled = ids;
+    byId("span").parentElement.hidden = ids || !this.chooser.tokens.length;
     this.#summary();
   }
 

@@ -41,7 +41,9 @@ export async function home(facts, seed, guard) {
       examples.length ? html("div", { class: "cards" }, ...examples.map((example) => card(facts.name, example))) : html("p", { class: "none" }, "This run has no text to make questions of.")),
     html("div", { class: "two" },
       html("section", { "aria-labelledby": "run-heading" }, html("h2", { id: "run-heading" }, "Run ", html("bdi", {}, facts.name)), html("p", { class: "prose" }, inWords(facts)),
-        html("button", { type: "button", onclick: () => guard(async () => save(`influence-${facts.name}.html`, await api.runReport(facts.name), "text/html")) }, "Report on this run")),
+        html("div", { class: "toolbar" },
+          html("button", { type: "button", onclick: () => guard(async () => save(`influence-${facts.name}.html`, await api.runReport(facts.name), "text/html")) }, "Report on this run"),
+          facts.health ? html("button", { type: "button", onclick: () => guard(async () => save(`influence-${facts.name}-training-set.html`, await api.runReport(facts.name, "training-set"), "text/html")) }, "Report on its training set") : "")),
       html("section", { "aria-labelledby": "before-heading" }, html("h2", { id: "before-heading" }, "Asked before"),
         before.length ? html("ul", { class: "before" }, ...before.map(asked)) : html("p", { class: "none" }, "Nothing yet."))));
 }

@@ -141,7 +141,7 @@ function route() {
     if (address.asks(place)) {
       const { run = byId("run").value, ...body } = place;
       void form.fill(body);
-      return ask(run, { prompt: "", both_ends: true, ...body }, undefined, true);
+      return ask(run, { ...(body.input_ids ? {} : { prompt: "" }), both_ends: true, ...body }, undefined, true);
     }
     document.title = "influence: which training examples made this model say that?";
     byId("main").replaceChildren(await home(chosen(), seed, guard));

@@ -1,20 +1,34 @@
-// The completion's tokens, of which some can be chosen with the mouse, a finger or the keyboard: the span of a query.
+// The completion's tokens, of which some can be chosen with the mouse, a finger or the keyboard: the span of a query, or several.
 
 import { html, plural, visible } from "./dom.js";
 
-// `change` is called with [first, last + 1], or null for all.
+const places = (first, end) => Array.from({ length: end - first }, (_, i) => first + i);
+
+// `change` is called whenever other tokens are chosen.
 export class SpanChooser {
   constructor(box, said, change) {
-    Object.assign(this, { box, said, change, tokens: [], span: null, active: 0, anchor: 0, dragged: false, disabled: false });
+    Object.assign(this, { box, said, change, tokens: [], chosen: null, kept: new Set(), active: 0, anchor: 0, disabled: false });
     box.addEventListener("keydown", (event) => this.#key(event));
     box.addEventListener("pointerdown", (event) => this.#down(event));
     box.addEventListener("pointermove", (event) => this.#over(event));
     addEventListener("pointerup", () => (this.dragging = false));
   }
 
+  // [first, last + 1]; a list of these where tokens between them are left out; null for all.
+  get span() {
+    const spans = [];
+    for (const place of [...(this.chosen ?? [])].sort((a, b) => a - b)) {
+      if (spans.at(-1)?.[1] === place) spans.at(-1)[1] += 1;
+      else spans.push([place, place + 1]);
+    }
+    return spans.length > 1 ? spans : spans[0] ?? null;
+  }
+
   set(tokens, span = null) {
-    const fits = span && span[0] < span[1] && span[1] <= tokens.length;
-    Object.assign(this, { tokens, span: fits ? span : null, active: fits ? span[0] : 0, anchor: fits ? span[0] : 0, dragging: false });
+    const spans = span ? (Array.isArray(span[0]) ? span : [span]) : [];
+    const fit = spans.length && spans.every(([first, end]) => first < end && end <= tokens.length);
+    const first = fit ? spans[0][0] : 0;
+    Object.assign(this, { tokens, chosen: fit ? new Set(spans.flatMap(([a, b]) => places(a, b))) : null, kept: new Set(), active: first, anchor: first, dragging: false });
     this.box.replaceChildren(...tokens.map((token, i) => html("span", { role: "option", id: `token-${i}`, class: "chip", "data-place": i },
       visible(token.replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length))) || "·")));
     this.#draw();
@@ -25,15 +39,24 @@ export class SpanChooser {
     this.#draw();
   }
 
-  #choose(span) {
-    this.span = span && span[1] - span[0] === this.tokens.length ? null : span;
+  #choose(chosen) {
+    this.chosen = chosen && chosen.size && chosen.size < this.tokens.length ? chosen : null;
     this.#draw();
-    this.change(this.span);
+    this.change();
   }
 
   #reach(place) {
     this.active = place;
-    this.#choose([Math.min(this.anchor, place), Math.max(this.anchor, place) + 1]);
+    this.#choose(new Set([...this.kept, ...places(Math.min(this.anchor, place), Math.max(this.anchor, place) + 1)]));
+  }
+
+  // This token alone, or all when it was; `adding` takes it to the others, or away from them.
+  #pick(place, adding) {
+    const alone = this.chosen?.size === 1 && this.chosen.has(place);
+    this.kept = new Set(adding ? this.chosen : []);
+    Object.assign(this, { anchor: place, active: place });
+    if (adding ? this.kept.delete(place) : alone) return this.#choose(adding ? new Set(this.kept) : null);
+    this.#reach(place);
   }
 
   #place(event) {
@@ -46,11 +69,9 @@ export class SpanChooser {
     if (this.disabled || place === null || event.button !== 0) return;
     event.preventDefault();
     this.box.focus();
-    const alone = this.span && this.span[0] === place && this.span[1] === place + 1;
-    if (event.shiftKey && this.span) return this.#reach(place);
-    if (alone) return this.#choose(null);
-    Object.assign(this, { anchor: place, dragging: true });
-    this.#reach(place);
+    if (event.shiftKey && this.chosen) return this.#reach(place);
+    this.#pick(place, event.ctrlKey || event.metaKey);
+    this.dragging = this.chosen?.has(place) ?? false;
   }
 
   #over(event) {
@@ -59,27 +80,24 @@ export class SpanChooser {
   }
 
   #key(event) {
-    if (this.disabled || event.altKey || event.ctrlKey || event.metaKey || !this.tokens.length) return;
+    const adding = event.ctrlKey || event.metaKey;
+    if (this.disabled || event.altKey || (adding && event.key !== " ") || !this.tokens.length) return;
     const last = this.tokens.length - 1;
     const moved = { ArrowRight: this.active + 1, ArrowDown: this.active + 1, ArrowLeft: this.active - 1, ArrowUp: this.active - 1, Home: 0, End: last }[event.key];
     if (moved !== undefined) {
       this.active = Math.min(last, Math.max(0, moved));
       if (event.shiftKey) this.#reach(this.active);
-      else this.anchor = this.active;
-    } else if (event.key === " " || event.key === "Enter") {
-      const alone = this.span && this.span[0] === this.active && this.span[1] === this.active + 1;
-      this.anchor = this.active;
-      this.#choose(alone ? null : [this.active, this.active + 1]);
-    } else if (event.key === "Escape" && this.span) this.#choose(null);
+      else Object.assign(this, { anchor: this.active, kept: new Set() });
+    } else if (event.key === " " || event.key === "Enter") this.#pick(this.active, adding);
+    else if (event.key === "Escape" && this.chosen) this.#choose(null);
     else return;
     event.preventDefault();
     this.#draw();
   }
 
   #draw() {
-    const [first, end] = this.span ?? [0, this.tokens.length];
     [...this.box.children].forEach((chip, i) => {
-      const inside = !this.disabled && i >= first && i < end;
+      const inside = !this.disabled && (this.chosen?.has(i) ?? true);
       chip.setAttribute("aria-selected", String(inside));
       chip.classList.toggle("chosen", inside);
       chip.classList.toggle("here", i === this.active);
@@ -87,7 +105,9 @@ export class SpanChooser {
     this.box.setAttribute("aria-activedescendant", this.tokens.length ? `token-${this.active}` : "");
     this.box.setAttribute("aria-disabled", String(Boolean(this.disabled)));
     this.box.parentElement.hidden = !this.tokens.length;
-    const some = this.span && `Only ${plural(end - first, "token")} of ${this.tokens.length} ${end - first === 1 ? "counts" : "count"}: “${visible(this.tokens.slice(first, end).join(""))}”. Escape counts all.`;
-    this.said.textContent = this.disabled || some || `${this.tokens.length === 1 ? "Its one token counts." : `All ${this.tokens.length} tokens count. Drag over some, or use the arrow keys with Shift, to ask about these only.`}`;
+    const spans = this.span ? [this.span].flat(Array.isArray(this.span[0]) ? 1 : 0) : [];
+    const texts = spans.map(([first, end]) => `“${visible(this.tokens.slice(first, end).join(""))}”`).join(" and ");
+    const some = this.chosen && `Only ${plural(this.chosen.size, "token")} of ${this.tokens.length} ${this.chosen.size === 1 ? "counts" : "count"}: ${texts}. Escape counts all.`;
+    this.said.textContent = this.disabled || some || `${this.tokens.length === 1 ? "Its one token counts." : `All ${this.tokens.length} tokens count. Drag over some, or use the arrow keys with Shift, to ask about these only; with Ctrl, about several places.`}`;
   }
 }
