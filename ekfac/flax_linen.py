@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ekfac.jax_marks import around, around_scale
+from ekfac.jax_marks import around, around_scale, place
 from ekfac.jax_model import JaxModel
 
 _BARE = "without its parameters"
@@ -41,14 +41,10 @@ def linen_model(module: nn.Module, variables: Mapping[str, Any], *, call: Callab
 
 def _with_marks(call: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any], context: Any) -> Any:
     module, method = context.module, context.method_name
-    if (
-        module.name == _BARE
-        or len(arguments) != 1
-        or named
-        or not isinstance(arguments[0], jax.Array)
-        or method not in ("__call__", "attend")
-    ):
+    if module.name == _BARE or method not in ("__call__", "attend"):
         return call(*arguments, **named)
+    if len(arguments) != 1 or named or not isinstance(arguments[0], jax.Array):
+        return _placed(module, call(*arguments, **named))
     path = ".".join(module.path) or type(module).__name__
     prefix = ".".join([*module.path, ""]) if module.path else ""
     if isinstance(module, nn.Embed):
@@ -61,12 +57,12 @@ def _with_marks(call: Callable[..., Any], arguments: tuple[Any, ...], named: dic
         return around(arguments[0], call, layer=path, use="linear", weight=f"{prefix}kernel", bias=bias)
     vectors = _vectors(module, arguments[0])
     if vectors is None:
-        return call(*arguments)
+        return _placed(module, call(*arguments))
     weight = next(name for name in vectors if name != "bias")
     bare = module.clone(parent=None, name=_BARE)
 
     if not isinstance(module, nn.LayerNorm | nn.RMSNorm) and not _is_elementwise(bare, vectors, weight, arguments[0]):
-        return call(*arguments)
+        return _placed(module, call(*arguments))
 
     def normalized(inputs: jax.Array) -> jax.Array:
         wide = jnp.promote_types(inputs.dtype, jnp.float32)
@@ -82,6 +78,11 @@ def _with_marks(call: Callable[..., Any], arguments: tuple[Any, ...], named: dic
         weight=f"{prefix}{weight}",
         bias=f"{prefix}bias" if "bias" in vectors else None,
     )
+
+
+def _placed(module: nn.Module, given: Any) -> Any:
+    """What a module gives, marked as a place by the module's path."""
+    return place(given, layer=".".join(module.path)) if module.path else given
 
 
 def _is_elementwise(bare: nn.Module, vectors: Mapping[str, Any], weight: str, inputs: jax.Array) -> bool:

@@ -5,7 +5,7 @@ carry their paths as an attribute; the user's module is not touched, and modules
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ekfac.jax_marks import around, around_scale
+from ekfac.jax_marks import around, around_scale, place
 from ekfac.jax_model import JaxModel
 
 _PATH = "ekfac_path"
@@ -32,10 +32,12 @@ def nnx_model(module: nnx.Module, *, call: Callable[[Any, Any], Any] | None = No
 
     def apply(values: Mapping[str, jax.Array], inputs: jax.Array) -> Any:
         copy = nnx.merge(graph, jax.tree_util.tree_unflatten(structure, [values[name] for name in names]), rest)
+        blocks = []
         for path, inner in nnx.iter_graph(copy):
             if isinstance(inner, nnx.Module):
                 setattr(inner, _PATH, ".".join(map(str, path)))
-        with _marking():
+                blocks += [type(inner)] if "__call__" in vars(type(inner)) else []
+        with _marking(blocks):
             return copy(inputs) if call is None else call(copy, inputs)
 
     return JaxModel(apply, {name: value for name, (_, value) in zip(names, leaves, strict=True)}, **options)
@@ -47,21 +49,22 @@ def parameter_name(path: Any) -> str:
 
 
 @contextmanager
-def _marking() -> Iterator[None]:
-    """The wrappers in place; for one thread at a time."""
-    wrapped = [
-        (nnx.Linear, "__call__", _linear),
-        (nnx.LinearGeneral, "__call__", _linear),
-        (nnx.Embed, "__call__", _lookup),
-        (nnx.Embed, "attend", _head),
-        (nnx.LayerNorm, "__call__", _scale),
-        (nnx.RMSNorm, "__call__", _scale),
-    ]
+def _marking(blocks: Iterable[Any]) -> Iterator[None]:
+    """The wrappers in place, also of `blocks`, classes whose modules are not layers but places; for one thread at a time."""
+    wrappers: dict[tuple[Any, str], Any] = {
+        (nnx.Linear, "__call__"): _linear,
+        (nnx.LinearGeneral, "__call__"): _linear,
+        (nnx.Embed, "__call__"): _lookup,
+        (nnx.Embed, "attend"): _head,
+        (nnx.LayerNorm, "__call__"): _scale,
+        (nnx.RMSNorm, "__call__"): _scale,
+    }
+    wrappers = {(kind, "__call__"): None for kind in blocks} | wrappers
     with _tracing:
-        originals = [(kind, method, getattr(kind, method)) for kind, method, _ in wrapped]
+        originals = [(kind, method, getattr(kind, method)) for kind, method in wrappers]
         try:
-            for (kind, method, original), (_, _, wrapper) in zip(originals, wrapped, strict=True):
-                setattr(kind, method, _wrapper(original, wrapper))
+            for (kind, method, original), marked in zip(originals, wrappers.values(), strict=True):
+                setattr(kind, method, _place_wrapper(original) if marked is None else _wrapper(original, marked))
             yield
         finally:
             for kind, method, original in originals:
@@ -74,6 +77,14 @@ def _wrapper(original: Any, marked: Any) -> Any:
         if path is None or len(arguments) != 1 or named or not isinstance(arguments[0], jax.Array):
             return original(module, *arguments, **named)
         return marked(module, path, arguments[0], original)
+
+    return call
+
+
+def _place_wrapper(original: Any) -> Any:
+    def call(module: Any, *arguments: Any, **named: Any) -> Any:
+        given, path = original(module, *arguments, **named), getattr(module, _PATH, None)
+        return place(given, layer=path) if path else given
 
     return call
 

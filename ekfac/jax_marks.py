@@ -2,7 +2,7 @@
 
 A mark is `checkpoint_name` with a name of our own, so it is seen in the jaxpr of a traced model, also within scanned and rematerialised blocks, and
 costs nothing in what is compiled. `ekfac.flax_linen` and `ekfac.flax_nnx` put marks around the layers of Flax models; a model that is a
-plain function calls `dense`, `lookup`, `head` and `scale` in place of its own expressions.
+plain function calls `dense`, `lookup`, `head` and `scale` in place of its own expressions, and `place` where an activation is to be asked about.
 """
 
 import json
@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 PREFIX = "ekfac:"
 
-Use = Literal["linear", "lookup", "head", "scale"]
+Use = Literal["linear", "lookup", "head", "scale", "place"]
+"""Of a layer; a place is none, and has an output alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,17 @@ def around_scale(
     """call(inputs), with marks on `normalized(inputs)`, which the call multiplies by its weight, and on what comes out."""
     marked(normalized(inputs), Mark(layer=layer, use="scale", side="in", weight=weight, bias=bias))
     return marked(call(inputs), Mark(layer=layer, use="scale", side="out", weight=weight, bias=bias))
+
+
+def place(value: Any, *, layer: str) -> Any:
+    """`value` itself, which can be asked about by this name: what a block gives, or a part of the model that is not a layer.
+
+    Of a tuple its first, as of what the body of a scan gives; what is no array is left unmarked.
+    """
+    if type(value) is tuple and value:
+        return (place(value[0], layer=layer), *value[1:])
+    mark = Mark(layer=layer, use="place", side="out", weight="", bias=None)
+    return marked(value, mark) if isinstance(value, jax.Array) else value
 
 
 def dense(inputs: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, layer: str) -> jax.Array:

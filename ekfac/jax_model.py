@@ -1,15 +1,18 @@
 """A JAX model as one that can be attributed: its layers, their records and its exact curvature, compiled once for each of a few shapes.
 
 `JaxModel` takes a function from parameters and token ids to logits whose layers are marked (`ekfac.jax_marks`). Losses are computed in torch from the
-logits, as for any model, and so mean the same; what JAX computed goes to torch without a copy where both have it in one memory.
+logits, as for any model, and so mean the same; what JAX computed goes to torch without a copy where both have it in one memory. Its parameters are
+torch's too: a copy of the model can be moved by torch's optimizers, and logits have derivatives by the parameters that need a gradient.
 
 A batch is padded to one of a few shapes, so that there are few compilations. Each sequence is computed by itself (`jax.vmap`); where there are
 several devices, each computes some of them.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -20,16 +23,22 @@ import numpy as np
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ekfac.backend import Backend
+from ekfac.backend import Backend, Products
 from ekfac.jax_layers import Site, coverage
-from ekfac.jax_tape import Place, places, run
+from ekfac.jax_records import record
+from ekfac.jax_tape import OUTPUT, Place, multiplications, places, run
+from ekfac.jax_torch import all_to_torch, padded_to, to_jax, to_torch
 from ekfac.layers import Coverage, Layer
-from ekfac.record import EmbeddingIO, LayerIO, LookupIO, Record, ScaleIO
+from ekfac.record import Record
 
 Parameters = Mapping[str, jax.Array]
 Apply = Callable[[Parameters, jax.Array], jax.Array]
-"""(parameters by name, inputs [N, T, …]) → outputs [N, T, V], each sequence's its own."""
+"""(parameters by name, inputs [N, T, …]) → outputs [N, T, V], each sequence's its own; or [N, …] → [N, V], where there are no positions."""
+
+_Output = tuple[str, tuple[int, ...]]
+"""The key of a mark, and the steps of the scans around it."""
 
 
 @dataclass(kw_only=True)
@@ -37,60 +46,103 @@ class _Tape:
     """One forward pass, of which the backward pass is still to come."""
 
     places: Mapping[str, Place]  # those that are tapped
-    logits: Tensor | None = None
-    shape: tuple[int, ...] = ()  # of the logits, padded
+    given: tuple[Tensor, ...] = ()  # the logits, and what is watched
+    shapes: tuple[tuple[int, ...], ...] = ()  # of these, padded
     pull: Any = None
     seen: Mapping[str, jax.Array] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """A parameter in JAX, and the state in which torch has the same values."""
+
+    value: jax.Array
+    state: tuple[int, int, torch.dtype]
 
 
 class JaxModel(Backend):
     """A function of parameters and inputs as a model whose layers can be attributed.
 
-    `apply(parameters, inputs)` gives logits [N, T, V] for token ids [N, T] (or for any inputs [N, T, …]); its layers are marked, and parameters go by
-    the names that the marks use. `longest` is how many positions the model knows, where it does not know any number of them. Parameters that lie on
-    several devices stay as they are, with `batches` telling how inputs are laid over the devices; otherwise they are copied to every device there is,
-    and the sequences of a batch are dealt out.
+    `apply(parameters, inputs)` gives logits [N, T, V] for token ids [N, T] (or for any inputs [N, T, …]), or [N, V] for inputs [N, …] without
+    positions, as a classifier does; its layers are marked, and parameters go by the names that the marks use. `longest` is how many positions the
+    model knows, where it does not know any number of them. Parameters that lie on several devices stay as they are, with `batches` telling how
+    inputs are laid over the devices; otherwise they are copied to every device there is, and the sequences of a batch are dealt out. Parameters
+    that are `jax.ShapeDtypeStruct`s make a model that tells of its layers and computes nothing.
     """
 
     def __init__(
         self, apply: Apply, parameters: Parameters, *, longest: int | None = None, batches: NamedSharding | None = None, **config: Any
     ) -> None:
         super().__init__()
-        self.wide = any(value.dtype == jnp.float64 for value in parameters.values())
         self.apply_function = apply
         self.longest = longest
         self.config = SimpleNamespace(max_position_embeddings=longest, **config)
-        with self._precision():
-            self.values, self.batches = _laid_out(parameters, batches)
-        self.device = _register(self, self.values)
+        self.has_values = not any(isinstance(value, jax.ShapeDtypeStruct) for value in parameters.values())
+        with _precision(any(value.dtype == jnp.float64 for value in parameters.values())):
+            values, self.batches = _laid_out(parameters, batches) if self.has_values else (dict(parameters), None)
+            for name, value in values.items():
+                _register(self, name, to_torch(value) if self.has_values else _without_values(value))
+        self._kept = {name: _Kept(value=values[name], state=_state(parameter)) for name, parameter in self.named_parameters()}
         self._tape: _Tape | None = None
+        self._watched: OrderedDict[int, tuple[_Output, Callable[[Tensor], None]]] = OrderedDict()
         self._example: tuple[tuple[int, ...], Any] | None = None
-        self._found: tuple[list[Place], int] | None = None
+        self._found: tuple[list[Place], tuple[int, ...]] | None = None
         self._sites: dict[str, Site] = {}
         self._logits = jax.jit(jax.vmap(self._alone, in_axes=(None, 0)))
-        self._forward = jax.jit(self._taped, static_argnames="keys")
+        self._forward = jax.jit(self._taped, static_argnames=("keys", "output"))
         self._backward = jax.jit(lambda pull, gradient: pull(gradient)[0])
+        self._moved = jax.jit(self._by_weights)
         self._product = jax.jit(self._gauss_newton)
         self._derivative = jax.jit(self._directional)
+
+    def __deepcopy__(self, memo: Any) -> "JaxModel":
+        """With parameters of its own; what is compiled is shared."""
+        made = type(self).__new__(type(self))
+        nn.Module.__init__(made)
+        made.__dict__.update({name: value for name, value in self.__dict__.items() if name not in made.__dict__})
+        made._kept, made._watched = {}, OrderedDict()
+        for name, parameter in self.named_parameters():
+            _register(made, name, parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        return made.train(self.training)
+
+    @property
+    def values(self) -> dict[str, jax.Array]:
+        """The parameters by name, as torch has them now."""
+        with self._precision():
+            return {name: self._value(name, parameter) for name, parameter in self.named_parameters()}
+
+    def _value(self, name: str, parameter: Tensor) -> jax.Array:
+        kept = self._kept.get(name)
+        # What torch may change while it is computed with is copied.
+        return kept.value if kept is not None and kept.state == _state(parameter) else self._everywhere(parameter.detach().clone())
 
     # what is compiled
 
     def _alone(self, parameters: Parameters, inputs: jax.Array) -> jax.Array:
         return self.apply_function(parameters, inputs[None])[0]
 
-    def _taped(self, parameters: Parameters, inputs: jax.Array, keys: tuple[str, ...]) -> Any:
-        """The logits, what pulls their gradient back to the layers' outputs, and what went into the layers."""
+    def _taped(self, parameters: Parameters, inputs: jax.Array, keys: tuple[str, ...], output: _Output | None) -> Any:
+        """The logits and the output that is asked for, what pulls their gradients back to the layers' outputs, and what went into the layers."""
         traced = jax.make_jaxpr(self.apply_function)(parameters, inputs[:1])
         tapped = {place.mark.key: place for place in places(traced.jaxpr) if place.mark.side == "out" and place.mark.key in keys}
         axes = {key: len(place.lengths) for key, place in tapped.items()}
         zeros = {key: jnp.zeros((*place.lengths, len(inputs), *place.shape), place.dtype) for key, place in tapped.items()}
 
         def one(taps: Any, sequence: jax.Array) -> Any:
-            (logits,), seen = run(traced.jaxpr, traced.consts, [*jax.tree.leaves(parameters), sequence[None]], taps)
-            return logits[0], seen
+            arguments = [*jax.tree.leaves(parameters), sequence[None]]
+            (logits,), seen = run(traced.jaxpr, traced.consts, arguments, taps, output and output[0])
+            if output is None:
+                return (logits[0],), seen
+            asked = seen.pop(OUTPUT)[output[1]]
+            return (logits[0], asked.reshape(len(sequence), asked.shape[-1])), seen
 
         batched = jax.vmap(one, in_axes=(axes, 0), out_axes=(0, axes))
         return jax.vjp(lambda taps: batched(taps, inputs), zeros, has_aux=True)
+
+    def _by_weights(self, parameters: Parameters, inputs: jax.Array, weights: Parameters) -> Any:
+        """The logits, and what pulls their gradient back to the weights."""
+        logits, _ = self._of_weights(parameters, inputs, ())
+        return jax.vjp(logits, weights)
 
     def _of_weights(self, parameters: Parameters, inputs: jax.Array, names: Sequence[str]) -> tuple[Any, dict[str, jax.Array]]:
         def logits(weights: Parameters) -> jax.Array:
@@ -119,56 +171,145 @@ class JaxModel(Backend):
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
         """An object with `logits` [N, T, V]."""
-        self._example = self._example or (tuple(input_ids.shape[1:]), input_ids.dtype)
-        inputs = self._padded(input_ids)
+        if not self.has_values:
+            self._trace(tuple(input_ids.shape[1:]), input_ids.dtype)
+            return SimpleNamespace(logits=torch.empty((len(input_ids), *self._outputs_of_one[1:]), device="meta"))
+        if self._tape is not None or self._watched:
+            return SimpleNamespace(logits=self._through_tape(input_ids))
+        names = [name for name, parameter in self.named_parameters() if parameter.requires_grad] if torch.is_grad_enabled() else []
+        if names:
+            given = dict(self.named_parameters())
+            return SimpleNamespace(logits=_ByWeights.apply(self, input_ids, names, *(given[name] for name in names)))  # type: ignore[no-untyped-call]
         with self._precision():
-            if self._tape is None:
-                return SimpleNamespace(logits=_cut(_to_torch(self._logits(self.values, inputs)), input_ids))
-            if self._tape.logits is not None:
-                raise ValueError("the loss calls the model twice: it must call it once")
-            tape = self._tape
-            logits, tape.pull, tape.seen = self._forward(self.values, inputs, keys=tuple(sorted(tape.places)))
-            tape.shape = logits.shape
-            tape.logits = _cut(_to_torch(logits), input_ids).requires_grad_()
-            return SimpleNamespace(logits=tape.logits)
+            return SimpleNamespace(logits=self._cut(to_torch(self._logits(self.values, self._padded(input_ids))), input_ids))
+
+    def on_output(self, name: str, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        if name not in self._outputs():
+            raise ValueError(f"the model has no layer or place {name!r} that gives one vector for each position")
+        if self._watched:
+            raise ValueError("the model gives one output at a time besides its logits")
+        handle = RemovableHandle(self._watched)
+        self._watched[handle.id] = self._outputs()[name], hook
+        return handle
+
+    def output_names(self) -> list[str]:
+        return list(self._outputs())
+
+    def _outputs(self) -> dict[str, _Output]:
+        """What can be asked for: the outputs, one vector for each position, of layers and of places, by name with the steps of scans."""
+        if self._found is None:
+            self._trace_some_tokens()
+        assert self._found is not None
+        assert self._example is not None
+        (length, *_), _ = self._example
+        found: dict[str, _Output] = {}
+        twice: set[str] = set()
+        for place in self._found[0]:
+            vectors = len(place.shape) > 1 and prod(place.shape[:-1]) == length and place.obstacle is None
+            if place.mark.side == "in" or place.mark.use == "head" or not vectors:
+                continue
+            for index in product(*map(range, place.lengths)):
+                name = ".".join([place.mark.layer, *map(str, index)])
+                if name in found and found[name] == (place.mark.key, index):
+                    twice.add(name)
+                if name not in found or place.mark.use != "place":
+                    found[name] = place.mark.key, index
+        return {name: output for name, output in found.items() if name not in twice}
+
+    def _through_tape(self, inputs: Tensor) -> Tensor:
+        """The logits; within a capture they and what is watched are put on the tape, and have a gradient."""
+        tape = self._tape or _Tape(places={})
+        if tape.given:
+            raise ValueError("the loss calls the model twice: it must call it once")
+        ((output, hook),) = self._watched.values() or ((None, None),)
+        with self._precision():
+            given, tape.pull, tape.seen = self._forward(self.values, self._padded(inputs), keys=tuple(sorted(tape.places)), output=output)
+            tape.shapes = tuple(one.shape for one in given)
+            tape.given = tuple(self._cut(to_torch(one), inputs).requires_grad_(self._tape is not None) for one in given)
+        if hook is not None:
+            hook(tape.given[1])
+        return tape.given[0]
 
     def get_input_embeddings(self) -> Any:
         """The table that is looked up first."""
         if self._found is None:
-            self._trace((min(8, self.longest or 8),), torch.int64)
+            self._trace_some_tokens()
         lookups = [place.mark for place in self._found[0] if place.mark.use == "lookup"] if self._found else []
-        if not lookups or lookups[0].weight not in self.values:
+        if not lookups or lookups[0].weight not in self._shapes():
             raise ValueError("the model looks up no embedding: is it a language model, and are its layers known?")
         return SimpleNamespace(weight=self.get_parameter(lookups[0].weight))
 
     def attributable(self, run: Callable[[nn.Module], Any], patterns: Sequence[str]) -> Coverage:
-        if self._example is None:
+        if self._example is None or not self._sites:
+            self._example = None
             with torch.no_grad():
                 run(self)
         assert self._example is not None
         self._trace(*self._example)
         return self._judged(patterns)
 
+    def _trace_some_tokens(self) -> None:
+        self._trace((min(8, self.longest or 8),), torch.int64)
+
     def _trace(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        with self._precision():
-            inputs = _to_jax(torch.zeros((1, *shape), dtype=dtype))
-            traced, given = jax.make_jaxpr(self.apply_function, return_shape=True)(self.values, inputs)
-        if given.shape[:2] != (1, shape[0]) or len(given.shape) != 3:
-            raise ValueError(f"the model gave the shape {given.shape} for inputs of {(1, *shape)}: expected logits [N, T, V]")
-        self._found = list(places(traced.jaxpr)), given.shape[2]
+        traced, given = self._traced(shape, dtype)
+        positions = given[:2] == (1, shape[0]) and len(given) == 3
+        if not positions and not (len(given) == 2 and given[0] == 1):
+            raise ValueError(f"the model gave the shape {given} for inputs of {(1, *shape)}: expected logits [N, T, V]")
+        self._found = list(places(traced.jaxpr)), given
         self._example = shape, dtype
+        if not getattr(self.config, "vocab_size", 0):
+            self.config.vocab_size = given[-1]  # what a batch's logits take depends on it
         self._judged(("*",))
+
+    def _traced(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, tuple[int, ...]]:
+        """The jaxpr for one such sequence, and the shape of what it gives."""
+        with self._precision():
+            inputs = to_jax(torch.zeros((1, *shape), dtype=dtype))
+            traced, given = jax.make_jaxpr(self.apply_function, return_shape=True)(self._described(), inputs)
+        return traced, tuple(given.shape)
+
+    def _described(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct(tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in self.named_parameters()}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+
+    @property
+    def _outputs_of_one(self) -> tuple[int, ...]:
+        """The shape of what the model gives for the example, [1, T, V] or [1, V]."""
+        assert self._found is not None
+        return self._found[1]
+
+    @property
+    def _has_positions(self) -> bool:
+        return len(self._outputs_of_one) == 3
 
     def _judged(self, patterns: Sequence[str]) -> Coverage:
         assert self._found is not None
         assert self._example is not None
-        shapes = {name: tuple(value.shape) for name, value in self.values.items()}
-        covered, self._sites = coverage(self._found[0], shapes, self._example[0][0], self._found[1], patterns)
+        length = self._example[0][0] if self._has_positions else 1
+        layers = [place for place in self._found[0] if place.mark.use != "place"]
+        covered, self._sites = coverage(layers, self._shapes(), length, self._outputs_of_one[-1], patterns)
         return covered
+
+    def products(self) -> Products:
+        if not self._sites:
+            self._trace_some_tokens()
+        length = min(64, (self.longest or 128) // 2)
+        embeddings = [site for site in self._sites.values() if site.layer.kind == "embedding"]
+        tables = {site.layer.name: {key.rpartition(":")[2] for key in site.uses} for site in embeddings}
+        once, twice = (multiplications(self._traced((length * times,), torch.int64)[0].jaxpr) for times in (1, 2))
+        return Products(
+            of_token=(4 * once - twice) // (2 * length),
+            of_pair=(twice - 2 * once) // (2 * length**2),
+            heads=frozenset(name for name, uses in tables.items() if uses != {"lookup"}),
+            tied=frozenset(name for name, uses in tables.items() if len(uses) > 1),
+        )
 
     def _site(self, layer: Layer) -> Site:
         if not self._sites:
-            self._trace((min(8, self.longest or 8),), torch.int64)
+            self._trace_some_tokens()
         if layer.name not in self._sites:
             raise ValueError(f"the model has no layer {layer.name!r}")
         return self._sites[layer.name]
@@ -188,16 +329,19 @@ class JaxModel(Backend):
             self._tape = None
         if not torch.isfinite(value):
             raise ValueError(f"the loss is {value.item()}: the model's weights or its inputs give values that are not finite")
-        if tape.logits is None or tape.seen is None:
+        if tape.seen is None:
             raise ValueError("the loss does not call the model")
-        (gradient,) = torch.autograd.grad(value, tape.logits, allow_unused=True)
+        mask = mask.reshape(len(mask), -1)
+        if mask.shape[1] != (tape.given[0].shape[1] if self._has_positions else 1):
+            raise ValueError(f"the mask has the shape {tuple(mask.shape)}, but the model sees {tuple(tape.given[0].shape[:-1])} positions")
+        found = torch.autograd.grad(value, tape.given, allow_unused=True, materialize_grads=True)
         with self._precision(), torch.no_grad():
-            gradient = torch.zeros_like(tape.logits) if gradient is None else gradient
-            gradients = self._backward(tape.pull, self._placed(_padded_to(gradient, tape.shape)))
+            padded = tuple(self._placed(padded_to(gradient, shape)) for gradient, shape in zip(found, tape.shapes, strict=True))
+            gradients = self._backward(tape.pull, padded)
             tape.pull = None
-            inputs, outputs = _all_to_torch(tape.seen), _all_to_torch(gradients)
+            inputs, outputs = all_to_torch(tape.seen), all_to_torch(gradients)
             for layer in reversed(layers):
-                consume(layer, _record(layer, sites[layer.name], tapped, inputs, outputs, mask))
+                consume(layer, record(layer, sites[layer.name], tapped, inputs, outputs, mask))
         return float(value.detach())
 
     def gauss_newton(self, layers: Sequence[Layer], tokens: Tensor, weights: Tensor, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -208,9 +352,9 @@ class JaxModel(Backend):
             inputs = self._padded(tokens)
             predicting = torch.zeros(inputs.shape[:2], dtype=torch.float32)
             predicting[: len(tokens), : tokens.shape[1] - 1] = weights[:, 1:].cpu()
-            given = {name: self._everywhere(_padded_to(value, (room, *value.shape[1:]))) for name, value in tangents.items()}
+            given = {name: self._everywhere(padded_to(value, (room, *value.shape[1:]))) for name, value in tangents.items()}
             found = self._differentiated(self._product, self.values, inputs, self._placed(predicting), given)
-            products = {name: value[:num_queries] for name, value in _all_to_torch(found).items()}
+            products = {name: value[:num_queries] for name, value in all_to_torch(found).items()}
         return self.as_vectors(layers, products)
 
     def directional(self, layers: Sequence[Layer], tokens: Tensor, vector: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -218,7 +362,7 @@ class JaxModel(Backend):
         with self._precision():
             given = {name: self._everywhere(value) for name, value in tangents.items()}
             logits, change = self._differentiated(self._derivative, self.values, self._padded(tokens), given)
-            return _cut(_to_torch(logits), tokens), _cut(_to_torch(change), tokens)
+            return self._cut(to_torch(logits), tokens), self._cut(to_torch(change), tokens)
 
     @staticmethod
     def _differentiated(function: Any, *arguments: Any) -> Any:
@@ -245,7 +389,7 @@ class JaxModel(Backend):
             parts = {site.weight: matrix.mT if site.transposed else matrix} | ({site.bias: vector[..., -1]} if site.bias else {})
             leading = vector.shape[:-2]
             for name, part in parts.items():
-                shape = self.values[name].shape
+                shape = self.get_parameter(name).shape
                 whole = found.setdefault(name, part.new_zeros((*leading, *shape)))
                 _step_of(whole, len(leading), site.index).copy_(part.reshape(*leading, *shape[len(site.index) :]))
         return found
@@ -268,22 +412,28 @@ class JaxModel(Backend):
     def _part(self, site: Site, name: str, parameters: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, ...]]:
         """The layer's own part of a parameter with further leading dimensions, and the sizes of these."""
         whole = parameters[name]
-        num_leading = whole.ndim - self.values[name].ndim
+        num_leading = whole.ndim - self.get_parameter(name).ndim
         return _step_of(whole, num_leading, site.index), tuple(whole.shape[:num_leading])
 
     # between torch and JAX
 
     def _precision(self) -> AbstractContextManager[Any]:
-        return jax.enable_x64(True) if self.wide else nullcontext()
+        return _precision(any(parameter.dtype == torch.float64 for parameter in self.parameters()))
 
     def _padded(self, inputs: Tensor) -> jax.Array:
         """The inputs in one of few shapes: zeros after the sequences, and further sequences of zeros."""
+        if self._found is None:
+            self._trace(tuple(inputs.shape[1:]), inputs.dtype)
         sequences = -(-_step_up(len(inputs)) // self._spread()) * self._spread()
-        positions = _quarter_step_up(inputs.shape[1])
-        if self.longest is not None:
-            positions = max(inputs.shape[1], min(positions, self.longest))
+        shape = tuple(inputs.shape[1:])
+        if self._has_positions:
+            positions = _quarter_step_up(shape[0])
+            shape = (max(shape[0], min(positions, self.longest or positions)), *shape[1:])
         with self._precision():
-            return self._placed(_padded_to(inputs, (sequences, positions, *inputs.shape[2:])))
+            return self._placed(padded_to(inputs, (sequences, *shape)))
+
+    def _cut(self, values: Tensor, like: Tensor) -> Tensor:
+        return values[: len(like), : like.shape[1]] if self._has_positions else values[: len(like)]
 
     def _spread(self) -> int:
         """Over how many devices the sequences of a batch are dealt out."""
@@ -293,11 +443,11 @@ class JaxModel(Backend):
         return prod(self.batches.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
     def _placed(self, values: Tensor) -> jax.Array:
-        found = _to_jax(values)
+        found = to_jax(values)
         return found if self.batches is None else jax.device_put(found, self.batches)
 
     def _everywhere(self, values: Tensor) -> jax.Array:
-        found = _to_jax(values)
+        found = to_jax(values)
         return found if self.batches is None else jax.device_put(found, NamedSharding(self.batches.mesh, PartitionSpec()))
 
 
@@ -320,58 +470,47 @@ def _laid_out(parameters: Parameters, batches: NamedSharding | None) -> tuple[di
     return values, batches
 
 
-def _register(model: nn.Module, values: Mapping[str, jax.Array]) -> torch.device:
-    """Torch parameters of the same names and values, in the same memory where that can be; returns their device."""
-    device = torch.device("cpu")
-    for name, value in values.items():
-        *path, last = name.split(".")
-        owner = model
-        for step in path:
-            if step not in owner._modules:
-                owner.add_module(step, nn.Module())
-            owner = owner.get_submodule(step)
-        tensor = _to_torch(value)
-        owner.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
-        device = tensor.device
-    return device
+class _ByWeights(torch.autograd.Function):
+    """The logits of a `JaxModel`, with derivatives by some of its parameters."""
+
+    @staticmethod
+    def forward(context: Any, model: JaxModel, inputs: Tensor, names: Sequence[str], *_: Tensor) -> Tensor:
+        with model._precision():
+            values = model.values
+            logits, context.pull = model._moved(values, model._padded(inputs), {name: values[name] for name in names})
+            context.model, context.names, context.shape = model, names, logits.shape
+            return model._cut(to_torch(logits), inputs)
+
+    @staticmethod
+    def backward(context: Any, *gradient: Tensor) -> Any:
+        with _precision(gradient[0].dtype == torch.float64):
+            whole = context.model._placed(padded_to(gradient[0], context.shape))
+            found = all_to_torch(context.model._backward(context.pull, whole))
+        return None, None, None, *(found[name] for name in context.names)
 
 
-def _record(
-    layer: Layer, site: Site, tapped: Mapping[str, Place], inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], mask: Tensor
-) -> Record:
-    def of(values: Mapping[str, Tensor], use: str, width: tuple[int, ...]) -> Tensor:
-        found = values[f"{site.module}:{use}"][site.index]
-        positions = found.numel() // (len(found) * prod(width))
-        return found.reshape(len(found), positions, *width)[: len(mask), : mask.shape[1]]
-
-    def linear(use: str) -> LayerIO:
-        return LayerIO(
-            activations=_float(of(inputs, use, (layer.inputs,))),
-            output_gradients=_float(of(outputs, use, (layer.outputs,))),
-            mask=mask,
-            bias=layer.bias,
-        )
-
-    uses = {key.rpartition(":")[2] for key in site.uses}
-    if layer.kind == "linear":
-        return linear("linear")
-    if layer.kind == "scale":
-        heads = prod(tapped[site.uses[0]].shape) // (layer.outputs * _positions(tapped[site.uses[0]].shape))
-        width = (heads, layer.outputs)
-        return ScaleIO(
-            normalized=_float(of(inputs, "scale", width)), output_gradients=_float(of(outputs, "scale", width)), mask=mask, bias=layer.bias
-        )
-    lookup = None
-    if "lookup" in uses:
-        indices, rows = of(inputs, "lookup", ()), _float(of(outputs, "lookup", (layer.inputs,)))
-        lookup = LookupIO(indices=indices.long(), row_gradients=rows)
-    head = linear("head" if "head" in uses else "linear") if uses - {"lookup"} else None
-    return EmbeddingIO(lookup=lookup, head=head, mask=mask, num_rows=layer.outputs)
+def _precision(wide: bool) -> AbstractContextManager[Any]:
+    return jax.enable_x64(True) if wide else nullcontext()
 
 
-def _positions(shape: tuple[int, ...]) -> int:
-    """Of a value marked in the trace of one sequence."""
-    return shape[1] if shape[0] == 1 and len(shape) > 2 else shape[0]
+def _register(model: nn.Module, name: str, value: Tensor, *, requires_grad: bool = False) -> None:
+    """A torch parameter of this name, in the same memory."""
+    *path, last = name.split(".")
+    owner = model
+    for step in path:
+        if step not in owner._modules:
+            owner.add_module(step, nn.Module())
+        owner = owner.get_submodule(step)
+    owner.register_parameter(last, nn.Parameter(value, requires_grad=requires_grad))
+
+
+def _without_values(value: Any) -> Tensor:
+    return torch.empty(value.shape, dtype=getattr(torch, str(value.dtype)), device="meta")
+
+
+def _state(parameter: Tensor) -> tuple[int, int, torch.dtype]:
+    """What differs when the parameter's values do."""
+    return parameter.data_ptr(), parameter._version, parameter.dtype
 
 
 def _step_up(count: int) -> int:
@@ -391,42 +530,3 @@ def _step_of(values: Tensor, dimension: int, index: Sequence[int]) -> Tensor:
     for step in index:
         values = values.select(dimension, step)
     return values
-
-
-def _padded_to(values: Tensor, shape: Sequence[int]) -> Tensor:
-    if tuple(values.shape) == tuple(shape):
-        return values
-    padded = values.new_zeros(tuple(shape))
-    padded[tuple(slice(size) for size in values.shape)] = values
-    return padded
-
-
-def _cut(values: Tensor, like: Tensor) -> Tensor:
-    return values[: len(like), : like.shape[1]]
-
-
-def _to_torch(value: jax.Array) -> Tensor:
-    """The array as a tensor in the same memory, on the first of its devices."""
-    if len(value.sharding.device_set) > 1:
-        first = min(value.sharding.device_set, key=lambda device: device.id)
-        value = value.addressable_data(0) if value.is_fully_replicated else jax.device_put(value, first)
-    found: Tensor = torch.utils.dlpack.from_dlpack(jax.block_until_ready(value))
-    return found
-
-
-def _all_to_torch(values: Mapping[str, jax.Array]) -> dict[str, Tensor]:
-    return {name: _to_torch(value) for name, value in values.items()}
-
-
-def _to_jax(values: Tensor) -> jax.Array:
-    """The tensor as an array; whole numbers as int32."""
-    values = values.detach()
-    if values.dtype == torch.int64:
-        values = values.int()
-    if values.device.type == "cpu":
-        return jnp.array(values.float().numpy(), dtype="bfloat16") if values.dtype == torch.bfloat16 else jnp.asarray(values.numpy())
-    return jax.dlpack.from_dlpack(values.contiguous())
-
-
-def _float(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -6,6 +6,7 @@ the taps of a scanned layer, and what it saw, have the scan's length as a leadin
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ from jax.api_util import debug_info
 from jax.extend import core
 
 from ekfac.jax_marks import Mark, read_mark
+
+OUTPUT = "output"
+"""Where `run` puts the value of the place that is asked for, among the inputs of layers."""
 
 _REMAT = ("checkpoint", "remat", "remat2")
 _JIT = ("jit", "pjit", "closed_call", "core_call")
@@ -49,41 +53,47 @@ def places(jaxpr: Any, lengths: tuple[int, ...] = (), obstacle: str | None = Non
             yield from places(inner, within, blocked)
 
 
-def run(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], taps: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The jaxpr's results with `taps` added to the layers' outputs, and the inputs of the layers that are tapped, both by the marks' key."""
+def run(
+    jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], taps: Mapping[str, Any], output: str | None = None
+) -> tuple[list[Any], dict[str, Any]]:
+    """The jaxpr's results with `taps` added to the layers' outputs, and the inputs of the layers that are tapped, both by the marks' key.
+
+    With `output`, the key of a mark, what comes out there too, as `OUTPUT`.
+    """
     values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))
     seen: dict[str, Any] = {}
     for equation in jaxpr.eqns:
         given = [one.val if isinstance(one, core.Literal) else values[one] for one in equation.invars]
-        results, more = _step(equation, given, taps)
+        results, more = _step(equation, given, taps, output)
         seen |= more
         values.update(zip(equation.outvars, results, strict=True))
     return [one.val if isinstance(one, core.Literal) else values[one] for one in jaxpr.outvars], seen
 
 
-def _step(equation: Any, given: list[Any], taps: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def _step(equation: Any, given: list[Any], taps: Mapping[str, Any], output: str | None) -> tuple[list[Any], dict[str, Any]]:
     mark = read_mark(equation.primitive, equation.params)
     if mark is not None:
-        if mark.key not in taps:
-            return given, {}
-        return (given, {mark.key: given[0]}) if mark.side == "in" else ([given[0] + taps[mark.key]], {})
+        if mark.side == "in":
+            return given, {mark.key: given[0]} if mark.key in taps else {}
+        value = given[0] + taps[mark.key] if mark.key in taps else given[0]
+        return [value], {OUTPUT: value} if mark.key == output else {}
     keys = {place.mark.key for inner in _inner(equation) for place in places(inner)}
     own = {key: tap for key, tap in taps.items() if key in keys}
-    if not own:
+    if not own and output not in keys:
         return _evaluated(equation, given), {}
     if equation.primitive.name == "scan":
-        return _scanned(equation.params, given, own)
+        return _scanned(equation.params, given, own, output)
     (inner,) = _inner(equation)
     constants = _constants(equation)
     if equation.primitive.name in _REMAT:
         again = jax.checkpoint(
-            lambda arguments, taps: run(inner, constants, arguments, taps),
+            lambda arguments, taps: run(inner, constants, arguments, taps, output),
             prevent_cse=equation.params["prevent_cse"],
             policy=equation.params["policy"],
         )
         results, seen = again(given, own)
         return list(results), dict(seen)
-    return run(inner, constants, given, own)
+    return run(inner, constants, given, own, output)
 
 
 def _evaluated(equation: Any, given: list[Any]) -> list[Any]:
@@ -94,11 +104,13 @@ def _evaluated(equation: Any, given: list[Any]) -> list[Any]:
     return list(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*variables.values()))
 
 
-def _scanned(parameters: Mapping[str, Any], given: list[Any], taps: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def _scanned(
+    parameters: Mapping[str, Any], given: list[Any], taps: Mapping[str, Any], output: str | None
+) -> tuple[list[Any], dict[str, Any]]:
     closed, first, last = parameters["jaxpr"], parameters["num_consts"], parameters["num_consts"] + parameters["num_carry"]
 
     def body(carry: list[Any], slices: Any) -> tuple[list[Any], Any]:
-        results, seen = run(closed.jaxpr, closed.consts, [*given[:first], *carry, *slices[0]], slices[1])
+        results, seen = run(closed.jaxpr, closed.consts, [*given[:first], *carry, *slices[0]], slices[1], output)
         return results[: parameters["num_carry"]], (results[parameters["num_carry"] :], seen)
 
     carry, (results, seen) = jax.lax.scan(
@@ -110,6 +122,22 @@ def _scanned(parameters: Mapping[str, Any], given: list[Any], taps: Mapping[str,
         unroll=parameters["unroll"],
     )
     return [*carry, *results], seen
+
+
+def multiplications(jaxpr: Any) -> int:
+    """How many multiplications a jaxpr's products of matrices and convolutions take; those of a loop without a known length once."""
+    total = 0
+    for equation in jaxpr.eqns:
+        shapes = [one.aval.shape for one in equation.invars]
+        if equation.primitive.name == "dot_general":
+            summed = equation.params["dimension_numbers"][0][0]
+            total += prod(equation.outvars[0].aval.shape) * prod(shapes[0][axis] for axis in summed)
+        elif equation.primitive.name == "conv_general_dilated":
+            outputs = equation.params["dimension_numbers"].rhs_spec[0]
+            total += prod(equation.outvars[0].aval.shape) * prod(shapes[1]) // shapes[1][outputs]
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(multiplications(inner) for inner in _inner(equation))
+    return total
 
 
 def _inner(equation: Any) -> list[Any]:

@@ -46,7 +46,10 @@ def direction(layer: str, vector: Tensor, reduce: Reduction, facts: Mapping[str,
 def _output(model: nn.Module, layer: str, tokens: Tensor) -> Tensor:
     """What the module gives, [N, T, D], in float32 at least, in one forward pass of the whole model."""
     outputs: list[Any] = []
-    handle = model.get_submodule(layer).register_forward_hook(lambda _module, _arguments, output: outputs.append(output))
+    if isinstance(model, Backend):
+        handle = model.on_output(layer, outputs.append)
+    else:
+        handle = model.get_submodule(layer).register_forward_hook(lambda _module, _arguments, output: outputs.append(output))
     try:
         model(input_ids=tokens, use_cache=False)
     finally:
@@ -66,10 +69,8 @@ def read_direction(path: Path, model: nn.Module) -> tuple[str, Tensor]:
         raise RequestError(f"--direction: {path} cannot be read as safetensors: {error}") from None
     if len(tensors) != 1:
         raise RequestError(f"--direction: {path} holds {len(tensors)} tensors; expected one, the vector, under the name of a module")
-    if isinstance(model, Backend):
-        raise RequestError("--direction: the activations of a Flax model's modules cannot be asked about")
     ((layer, vector),) = tensors.items()
-    known = [name for name, _ in model.named_modules() if name]
+    known = model.output_names() if isinstance(model, Backend) else [name for name, _ in model.named_modules() if name]
     if layer not in known:
         nearest = difflib.get_close_matches(layer, known, n=3, cutoff=0.3) or known[:3]
         raise RequestError(f"--direction: {path}: the model has no module {layer!r}; the nearest are {', '.join(nearest)}")

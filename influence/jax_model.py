@@ -29,40 +29,108 @@ def check_trusted(reference: str, named: str | None, run: str) -> None:
 
 def load_flax(config: ModelConfig) -> Any:
     """The model as an `ekfac.jax_model.JaxModel`. Raises RequestError when JAX, the code or a parameter is missing, or does not fit."""
-    assert config.flax is not None
-    try:
-        import flax.linen
-        from flax import nnx
+    _check_installed()
+    from ekfac.flax_linen import linen_model
+    from ekfac.flax_nnx import nnx_model
 
-        from ekfac.flax_linen import linen_model
-        from ekfac.flax_nnx import nnx_model
+    directory, settings = _described(config)
+    module, call = _made(config, settings, directory)
+    parameters = _in_dtype(_read_parameters(directory), config)
+    options = _options(settings)
+    if _is_linen(module):
+        _check_names(_shapes(_linen_parameters(module, call, config)), parameters, str(config.flax))
+        return linen_model(module, {"params": _nested(parameters)}, call=call, **options)
+    from flax import nnx
+
+    state = nnx.state(module, nnx.Param)
+    _check_names(_shapes(nnx.to_pure_dict(state)), parameters, str(config.flax))
+    nnx.update(module, _filled(state, parameters))
+    return nnx_model(module, call=call, **options)
+
+
+def flax_without_weights(config: ModelConfig) -> Any:
+    """The model as its code and config.json describe it, of parameters that have shapes and no values. Raises RequestError as `load_flax`."""
+    _check_installed()
+    import jax
+    from flax import nnx
+
+    from ekfac.flax_linen import linen_model
+    from ekfac.flax_nnx import nnx_model
+
+    directory, settings = _described(config)
+    found: list[Any] = []
+
+    def made() -> Any:
+        module, call = _made(config, settings, directory)
+        found[:] = [module, call]
+        return () if _is_linen(module) else module
+
+    with jax.enable_x64(config.dtype == "float64"):
+        abstract = nnx.eval_shape(made)
+        module, call = found
+        if _is_linen(module):
+            parameters = _nested(_flat(_linen_parameters(module, call, config)))
+            return linen_model(module, {"params": _with_dtype(parameters, config)}, call=call, **_options(settings))
+        nnx.update(abstract, _with_dtype(nnx.state(abstract, nnx.Param), config))
+        return nnx_model(abstract, call=call, **_options(settings))
+
+
+def _with_dtype(shapes: Any, config: ModelConfig) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    def described(one: Any) -> Any:
+        return jax.ShapeDtypeStruct(one.shape, config.dtype if jnp.issubdtype(one.dtype, jnp.floating) else one.dtype)
+
+    return jax.tree.map(described, shapes)
+
+
+def _check_installed() -> None:
+    try:
+        import flax  # noqa: F401
+        import jax  # noqa: F401
     except ImportError as error:
         raise RequestError(f"model.flax needs JAX and Flax ({error}): pip install -c constraints.txt -e '.[jax]'") from None
+
+
+def _described(config: ModelConfig) -> tuple[Path, dict[str, Any]]:
+    """The model's directory, and the content of its config.json."""
     directory = Path(config.name)
     if not directory.is_dir():
         raise RequestError(f"there is no model directory at {config.name} (a Flax model is not taken from a hub)")
-    settings = _settings(directory)
+    return directory, _settings(directory)
+
+
+def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    longest = settings.get("max_position_embeddings", settings.get("n_positions"))
+    return {"longest": longest if isinstance(longest, int) else None, "vocab_size": settings.get("vocab_size", 0)}
+
+
+def _made(config: ModelConfig, settings: Mapping[str, Any], directory: Path) -> tuple[Any, Any]:
+    """The module that the configured code makes, and how it is called, where the code says so."""
+    from flax import linen, nnx
+
+    assert config.flax is not None
     try:
         made = _builder(config.flax)(dict(settings))
+    except RequestError:
+        raise
     except Exception as error:  # the user's code may raise anything
         raise RequestError(
             f"model.flax: {config.flax} failed on the settings of {directory / 'config.json'}: {_first_line(error)}"
         ) from None
     module, call = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    longest = settings.get("max_position_embeddings", settings.get("n_positions"))
-    parameters = _in_dtype(_read_parameters(directory), config)
-    options: dict[str, Any] = {"longest": longest if isinstance(longest, int) else None, "vocab_size": settings.get("vocab_size", 0)}
-    if isinstance(module, flax.linen.Module):
-        _check_names(_linen_shapes(module, call, config), parameters, config.flax)
-        return linen_model(module, {"params": _nested(parameters)}, call=call, **options)
-    if isinstance(module, nnx.Module):
-        state = nnx.state(module, nnx.Param)
-        _check_names(_shapes(nnx.to_pure_dict(state)), parameters, config.flax)
-        nnx.update(module, _filled(state, parameters))
-        return nnx_model(module, call=call, **options)
-    raise RequestError(
-        f"model.flax: {config.flax} gave a {type(module).__name__}: expected a flax.linen or nnx module, or such a module and how to call it"
-    )
+    if not isinstance(module, linen.Module | nnx.Module):
+        raise RequestError(
+            f"model.flax: {config.flax} gave a {type(module).__name__}: expected a flax.linen or nnx module, or such a module and how to call it"
+        )
+    return module, call
+
+
+def _is_linen(module: Any) -> bool:
+    from flax import linen
+
+    return isinstance(module, linen.Module)
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -237,8 +305,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in _flat(tree).items()}
 
 
-def _linen_shapes(module: Any, call: Callable[..., Any] | None, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the module's parameters, from initialising it without computing anything."""
+def _linen_parameters(module: Any, call: Callable[..., Any] | None, config: ModelConfig) -> Any:
+    """The shapes and types of the module's parameters, from initialising it without computing anything."""
     import jax
     import jax.numpy as jnp
 
@@ -256,7 +324,7 @@ def _linen_shapes(module: Any, call: Callable[..., Any] | None, config: ModelCon
         raise RequestError(
             f"model.flax: the module of {config.flax} has variables other than parameters ({', '.join(others)}), which are not supported"
         )
-    return _shapes(found["params"])
+    return found["params"]
 
 
 def _check_names(expected: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Any], reference: str) -> None:

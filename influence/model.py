@@ -104,9 +104,9 @@ def model_without_weights(config: ModelConfig) -> nn.Module:
     Raises RequestError when there is no configuration of a causal language model.
     """
     if config.flax is not None:
-        raise RequestError(
-            "a Flax model cannot be planned for yet: influence plan knows models that a config.json describes to transformers"
-        )
+        from influence.jax_model import flax_without_weights
+
+        return cast(nn.Module, flax_without_weights(config))
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if Path(config.name).is_absolute() and not (Path(config.name) / "config.json").is_file():

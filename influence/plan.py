@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ekfac import BLOCK_NUMBERS, Coverage, Layer
+from ekfac import BLOCK_NUMBERS, Backend, Coverage, Layer
 from indexing import RowFormat
 from influence.batches import (
     BatchBudget,
@@ -91,7 +91,9 @@ class ModelShape:
     """Heads × their dimension, summed over the blocks."""
     vocabulary: int
     heads: frozenset[str]
-    """Of the attributed embeddings, those that are the model's head too."""
+    """Of the attributed embeddings, those that are the model's head."""
+    tied: frozenset[str]
+    """Of these, those that are looked up too."""
 
     @property
     def parameter_bytes(self) -> int:
@@ -100,6 +102,8 @@ class ModelShape:
 
 def model_shape(model: nn.Module, coverage: Coverage) -> ModelShape:
     """Of a model, which may be one without weights."""
+    if isinstance(model, Backend):
+        return _shape_of_backend(model, coverage)
     config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
     modules = dict(model.named_modules())
     tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
@@ -121,6 +125,21 @@ def model_shape(model: nn.Module, coverage: Coverage) -> ModelShape:
             for layer in coverage.layers
             if layer.kind == "embedding" and any(not isinstance(modules[name], nn.Embedding) for name in layer.modules)
         ),
+        tied=frozenset(layer.name for layer in coverage.layers if layer.kind == "embedding" and len(layer.modules) > 1),
+    )
+
+
+def _shape_of_backend(model: Backend, coverage: Coverage) -> ModelShape:
+    products, config = model.products(), model.config
+    return ModelShape(
+        coverage=coverage,
+        use=model_memory(model, coverage.layers),
+        bytes_per_number=next(model.parameters()).element_size(),
+        products_per_token=products.of_token,
+        attention_width=products.of_pair // 2,
+        vocabulary=int(getattr(config, "vocab_size", 0)),
+        heads=products.heads,
+        tied=products.tied,
     )
 
 
@@ -352,7 +371,7 @@ class _Costs:
 
     def covariance_work(self) -> Work:
         """For one sequence: the upper triangles of sums of outer products, in panels of 256 columns, which are added once a batch."""
-        twice = {layer.input_name: 2 for layer in self.layers if layer.name in self.shape.heads and len(layer.modules) > 1}
+        twice = {layer.input_name: 2 for layer in self.layers if layer.name in self.shape.tied}
         reached = {name: layer.routed for layer in self.layers for name in (layer.input_name, layer.output_name)}
         triangles = {name: size * (size + 256) / 2 * twice.get(name, 1) for name, size in self.covariances.items()}
         return self.capture_work(DRAWN_LOGIT_PASSES) + Work(
@@ -405,7 +424,7 @@ class _Costs:
                 own = layer.routed * tokens
                 products += own * o * j + min(own * (j**2 + o**2), o * j * (o + j))
             elif layer.kind == "embedding":
-                products += tokens * j * (j * len(layer.modules) + (o if layer.name in self.shape.heads else 0))
+                products += tokens * j * (j * (1 + (layer.name in self.shape.tied)) + (o if layer.name in self.shape.heads else 0))
         return Work(products=2 * products)
 
     def gradient_products(self) -> float:

@@ -163,12 +163,16 @@ class Run:
     @cached_property
     def language_model(self) -> LanguageModel:
         """The model. Raises RequestError when its weights are not those that the run was made with."""
-        if self.model_config.flax is not None:
-            check_trusted(self.model_config.flax, self._named_code, str(self.directory))
+        self.check_code()
         loaded = load_model(self.model_config, self.memory_budget)
         self._check_same("model", model_fingerprint(loaded.model))
         self._check_same("tokenizer", self._tokenizer_fingerprint(loaded.tokenizer))
         return loaded
+
+    def check_code(self) -> None:
+        """Raises RequestError when the model is made by code that nobody but the run's directory names."""
+        if self.model_config.flax is not None:
+            check_trusted(self.model_config.flax, self._named_code, str(self.directory))
 
     def _tokenizer_fingerprint(self, tokenizer: Any) -> str:
         with_template = self.description["settings"]["data"]["messages"] is not None

@@ -143,9 +143,9 @@ def check_refinable(run: "Run") -> None:
 
 
 def check_movable(run: "Run") -> None:
-    """Raises RequestError when the model's parameters cannot be moved and the model run again: those of JAX, in few bits, or on several devices."""
+    """Raises RequestError when the model's parameters cannot be moved and the model run again: those in few bits, or on several devices."""
     config = run.model_config
-    found = "in JAX" if config.flax else f"quantized to {config.quantize}" if config.quantize else None
+    found = f"quantized to {config.quantize}" if config.quantize else None
     if found is None and run.language_model.is_divided:
         found = "on several devices"
     if found is not None:

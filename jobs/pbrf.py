@@ -98,6 +98,7 @@ class Responses:
 
     run: str
     model: str
+    flax: str | None
     memory_budget: int
     measurements: tuple[Measurement, ...]
     numbers: tuple[int, ...]  # of the sequences of the mean divergence
@@ -120,7 +121,7 @@ class ResponseWork:
 
     @cached_property
     def run(self) -> Run:
-        return Run(self.responses.run, model=self.responses.model, memory_budget=self.responses.memory_budget)
+        return Run(self.responses.run, model=self.responses.model, flax=self.responses.flax, memory_budget=self.responses.memory_budget)
 
     @cached_property
     def problem(self) -> Problem:
@@ -181,6 +182,7 @@ def _responses(run: Run, measurements: Sequence[Measurement], numbers: NDArray[n
     return Responses(
         run=str(run.directory.path.resolve()),
         model=run.model_config.name,
+        flax=run.model_config.flax,
         memory_budget=run.memory_budget,
         measurements=tuple(measurements),
         numbers=tuple(numbers.tolist()),

@@ -80,9 +80,8 @@ def retraining_of(run: Run, recipe: Recipe, measurements: Sequence[Measurement],
         )
     local = Path(base).expanduser()
     name = str(local.resolve()) if local.is_dir() or base.startswith((".", "~")) else base
-    config = ModelConfig(name=name, dtype="float64" if run.model_config.dtype == "float64" else "float32")
-    if run.model_config.flax is not None:
-        raise RequestError("--retrain trains torch models: of a Flax model, measure with losses of your own retraining")
+    run.check_code()
+    config = ModelConfig(name=name, flax=run.model_config.flax, dtype="float64" if run.model_config.dtype == "float64" else "float32")
     loaded = load_model(config)
     _check_base(loaded, run, base)
     weights, sequences = model_fingerprint(loaded.model), sequences_digest(run.store)
@@ -124,7 +123,7 @@ class RetrainingWork:
 
     @cached_property
     def run(self) -> Run:
-        return Run(self.retraining.run)
+        return Run(self.retraining.run, flax=self.retraining.base.flax)
 
     @cached_property
     def sequences(self) -> tuple[TrainingSequence, ...]:

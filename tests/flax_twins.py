@@ -1,14 +1,24 @@
 """Twins: tiny transformers in Flax with the weights of models in torch, parameter by parameter."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 import torch
 from flax import nnx
-from transformers import GPT2Config, GPT2LMHeadModel
+from flax.traverse_util import unflatten_dict
+from jax.experimental.compilation_cache import compilation_cache
+from small_run import World, run_pipeline, small_world
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from influence.jax_model import save_flax_model
+from influence.run import Run
 
 WIDTH, HEADS, POSITIONS, VOCABULARY = 12, 3, 20, 37
 
@@ -113,6 +123,9 @@ def torch_twin(dtype: torch.dtype = torch.float64, sizes: Sizes = Sizes()) -> GP
         n_head=sizes.heads,
         bos_token_id=0,
         eos_token_id=0,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -134,6 +147,50 @@ def flax_name(name: str) -> str:
 def flax_parameters(model: GPT2LMHeadModel) -> dict[str, Any]:
     """By name, as arrays of JAX; float64 ones need `jax.enable_x64`."""
     return {flax_name(name): jnp.asarray(value.detach().numpy()) for name, value in model.named_parameters()}
+
+
+CODE = f"{Path(__file__)}:linen_twin"
+
+
+def twin_world(factory: pytest.TempPathFactory) -> World:
+    """The session's model and data, the model in Flax; made on the first call."""
+    world, directory = small_world(factory), factory.getbasetemp() / "flax-world"
+    if not directory.exists():
+        scratch = factory.mktemp("flax-world")
+        model = GPT2LMHeadModel.from_pretrained(world.model)
+        AutoTokenizer.from_pretrained(world.model).save_pretrained(scratch / "model")
+        save_flax_model(scratch / "model", unflatten_dict(flax_parameters(model), sep="."), model.config.to_dict())
+        scratch.rename(directory)
+    return World(model=directory / "model", data=world.data)
+
+
+def finished_twin(factory: pytest.TempPathFactory) -> Run:
+    """The session's finished run of the twin, never to be changed; made on the first call."""
+    directory, world = factory.getbasetemp() / "flax-finished", twin_world(factory)
+    if not directory.exists():
+        run_pipeline(world.settings(directory, model={"name": str(world.model), "flax": CODE}))
+    return Run(directory, flax=CODE)
+
+
+@contextmanager
+def quick_compilation(factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Little optimization, and every compilation kept for the next model of the same shapes: compilation is most of the time."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def stacked(parameters: dict[str, Any], num_layers: int = 2) -> dict[str, Any]:

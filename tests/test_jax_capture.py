@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from conftest import padded_batch
@@ -29,6 +30,7 @@ from ekfac.flax_linen import linen_model
 from ekfac.flax_nnx import nnx_model
 from ekfac.jax_marks import dense, head, lookup
 from ekfac.jax_model import JaxModel
+from ekfac.jax_torch import in_torch
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +126,14 @@ def test_twins_have_the_same_exact_curvature_and_token_shares() -> None:
     some_others = [layer for layer in others if "mlp" in layer.name]
     expected = gauss_newton_product(other, some_others, some, vectors)
     assert all(torch.allclose(product, expected[torch_name(name)], atol=1e-10) for name, product in few.items())
+
+
+def test_products_of_a_forward_pass_are_counted_by_token_and_by_pair_of_tokens() -> None:
+    """Of the weights of 2 blocks and the tied head; and of queries with keys, and of weights with values, whose width is 12 in each block."""
+    found = twin("scanned").products()
+    assert found.of_token == 2 * (12 * 36 + 12 * 12 + 2 * 12 * 48) + 12 * VOCABULARY
+    assert found.of_pair == 2 * 2 * 12
+    assert found.heads == found.tied == {"transformer.wte"}
 
 
 class Attention(nn.Module):
@@ -269,6 +279,64 @@ def test_a_plain_function_with_marked_layers_is_fitted() -> None:
     expected, _ = fit(other, [(inputs, targets)], loss=loss, mask=mask)
     for name, place in (("up", "0"), ("down", "2")):
         assert torch.allclose(factors[name].eigenvalues, expected[place].eigenvalues, rtol=1e-9, atol=1e-12)
+
+
+def test_a_classifier_with_a_loss_in_jax_has_the_eigenvalues_of_its_dense_fisher() -> None:
+    """An input is one position, and the loss a function of JAX. In the basis of the covariances' eigenvectors, the diagonal of the mean of g gᵀ."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    values = {
+        name: jax.random.normal(key, shape)
+        for name, key, shape in zip(("up.kernel", "up.bias", "out.kernel"), keys, ((4, 5), (5,), (5, 3)), strict=False)
+    }
+    inputs, labels = jax.random.normal(keys[3], (7, 4)), jax.random.randint(keys[4], (7,), 0, 3)
+
+    def apply(parameters: Any, inputs: Any) -> Any:
+        hidden = jnp.tanh(dense(inputs, parameters["up.kernel"], parameters["up.bias"], layer="up"))
+        return dense(hidden, parameters["out.kernel"], layer="out")
+
+    def cross_entropy(logits: Any, labels: Any) -> Any:
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).sum()
+
+    summed, model = in_torch(cross_entropy), JaxModel(apply, values)
+    batches = [tuple(torch.from_dlpack(one)[part] for one in (inputs, labels)) for part in (slice(4), slice(4, 7))]
+    factors, coverage = fit(
+        model,
+        batches,
+        loss=lambda model, batch: summed(model(batch[0]).logits, batch[1]),
+        mask=lambda batch: torch.ones(len(batch[0]), dtype=torch.bool),
+    )
+    assert [layer.name for layer in coverage.layers] == ["up", "out"]
+
+    def alone(parameters: Any, one: Any, label: Any) -> Any:
+        return cross_entropy(apply(parameters, one[None]), label[None])
+
+    gradients = jax.vmap(jax.grad(alone), in_axes=(None, 0, 0))(values, inputs, labels)
+    for layer in coverage.layers:
+        mine = gradients[f"{layer.name}.kernel"].transpose(0, 2, 1)
+        if layer.bias:
+            mine = jnp.concatenate([mine, gradients[f"{layer.name}.bias"][:, :, None]], 2)
+        fisher = np.einsum("na,nb->ab", *[np.asarray(mine).reshape(7, -1)] * 2) / 7
+        found = factors[layer.name]
+        assert found.input_vectors is not None
+        assert found.output_vectors is not None
+        basis = torch.kron(found.output_vectors, found.input_vectors).numpy()
+        np.testing.assert_allclose(found.eigenvalues.flatten(), np.diag(basis.T @ fisher @ basis), rtol=1e-9, atol=1e-14)
+        seen = np.asarray(inputs if layer.name == "up" else jnp.tanh(inputs @ values["up.kernel"] + values["up.bias"]))
+        seen = np.concatenate([seen, np.ones((7, 1))], 1) if layer.bias else seen
+        rotated = found.input_vectors.numpy().T @ (seen.T @ seen) @ found.input_vectors.numpy()
+        assert abs(rotated - np.diag(np.diag(rotated))).max() < 1e-9 * rotated.max()
+
+
+def test_a_function_of_jax_has_its_derivatives_in_torch() -> None:
+    function = in_torch(lambda x, y, places: (jnp.sin(x) * y[places]).sum())
+    x, y = (torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    places = torch.tensor([2, 0, 0, 1])
+    x.requires_grad_(True)
+    (3 * function(x, y, places)).backward()
+    assert torch.allclose(x.grad, 3 * x.detach().cos() * y[places])  # type: ignore[arg-type]
+    y.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda x, y: function(x, y, places), (x, y))
+    assert not function(x.detach(), y.detach(), places).requires_grad
 
 
 def small_model(dtype: Any) -> JaxModel:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import flax_twins
 import jax
 import numpy as np
 import optax
@@ -16,9 +17,9 @@ import pytest
 import torch
 from flax import nnx
 from flax.traverse_util import unflatten_dict
-from flax_twins import Twin, flax_parameters, nnx_small, stacked, torch_twin
-from small_run import Influence, World, run_pipeline, small_world, write_yaml
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from flax_twins import CODE, Twin, finished_twin, flax_parameters, nnx_small, quick_compilation, stacked, torch_twin
+from safetensors.torch import save_file
+from small_run import Influence, World, write_yaml
 
 from ekfac import attributable_layers
 from ekfac.flax_linen import linen_model
@@ -28,33 +29,22 @@ from influence.jax_model import CODE_VARIABLE, load_flax, save_flax_model, save_
 from influence.model import find_layers
 from influence.optimizer_state import OptimizerState, read_optimizer_state
 from influence.run import Run
-from influence.solving import check_movable
-
-CODE = f"{Path(__file__).parent / 'flax_twins.py'}:linen_twin"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with quick_compilation(tmp_path_factory):
+        yield
 
 
 @pytest.fixture(scope="module")
 def twin_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """The session's model and data, the model in Flax."""
-    world, directory = small_world(tmp_path_factory), tmp_path_factory.mktemp("flax-world")
-    model = GPT2LMHeadModel.from_pretrained(world.model)
-    AutoTokenizer.from_pretrained(world.model).save_pretrained(directory / "model")
-    save_flax_model(directory / "model", unflatten_dict(flax_parameters(model), sep="."), model.config.to_dict())
-    return World(model=directory / "model", data=world.data)
+    return flax_twins.twin_world(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def twin_run(twin_world: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    directory = tmp_path_factory.mktemp("flax-run") / "run"
-    return run_pipeline(twin_world.settings(directory, model={"name": str(twin_world.model), "flax": CODE}))
+def twin_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished_twin(tmp_path_factory)
 
 
 def test_a_flax_run_answers_as_the_torch_run_of_the_same_weights(twin_run: Run, finished: Path) -> None:
@@ -98,6 +88,29 @@ def test_refined_answers_and_functions_are_those_of_the_torch_run(twin_run: Run,
 
     found, wanted = (run.query_function(margin, "Lima lies on the", " Rímac", k=5, exact=True) for run in (twin_run, Run(finished)))
     assert [one.id for one in found.sequences] == [one.id for one in wanted.sequences]
+
+
+def test_a_direction_inside_the_model_is_asked_about(twin_run: Run, finished: Path, tmp_path: Path) -> None:
+    save_file({"transformer.h.0": torch.sin(torch.arange(16.0))}, tmp_path / "feature.safetensors")
+    file, answers = tmp_path / "feature.safetensors", []
+    for run in (twin_run, Run(finished)):
+        found = run.query_direction(file, "Oslo lies on the", " Aker", reduce="last", k=len(run.store), exact=True)
+        answers.append(found.scores())
+    assert answers[0].keys() == answers[1].keys()
+    largest = max(map(abs, answers[1].values()))
+    assert answers[0] == pytest.approx(answers[1], abs=1e-3 * largest)
+
+
+def test_a_direction_that_the_model_does_not_have_is_refused(
+    influence: Influence, twin_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CODE_VARIABLE, CODE)
+    file = tmp_path / "feature.safetensors"
+    words = ("query", twin_run.directory.path, "Oslo lies on the", " Aker", "--direction", file)
+    save_file({"transformer.h.7": torch.ones(16)}, file)
+    influence(*words).says("the model has no module 'transformer.h.7'; the nearest are transformer.h.")
+    save_file({"transformer.h.1": torch.ones(8)}, file)
+    influence(*words).says("the vector has shape (8,), but transformer.h.1 gives 16 numbers a position")
 
 
 def test_an_nnx_module_gets_the_parameters_that_were_saved(tmp_path: Path) -> None:
@@ -161,11 +174,6 @@ def test_code_that_only_a_run_names_is_not_imported(twin_run: Run, influence: In
     assert Run(run).language_model.model is not None
 
 
-def test_what_moves_parameters_is_refused_for_a_flax_model(twin_run: Run) -> None:
-    with pytest.raises(RequestError, match="is in JAX"):
-        check_movable(twin_run)
-
-
 def test_a_flax_model_that_does_not_fit_is_refused_in_a_line(twin_world: World, influence: Influence, tmp_path: Path) -> None:
     def run(model: Path, flax: str) -> Path:
         settings = twin_world.settings(tmp_path / "run", model={"name": str(model), "flax": flax})
@@ -177,7 +185,6 @@ def test_a_flax_model_that_does_not_fit_is_refused_in_a_line(twin_world: World, 
     influence("run", run(model, "build")).says("expected package.module:function or file.py:function")
     influence("run", run(model, "json:dumps")).says("gave a str: expected a flax.linen or nnx module")
     influence("run", run(model, f"{CODE.partition(':')[0]}:Twin")).says("cannot be initialised with token ids")
-    influence("plan", run(model, CODE)).says("a Flax model cannot be planned for yet")
     changed = shutil.copytree(model, tmp_path / "changed")
     settings = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps({**settings, "n_embd": 8}))
