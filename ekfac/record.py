@@ -12,7 +12,7 @@ Shapes here and in the other modules of this package: N sequences, T positions, 
 I + 1 with a bias, O outputs (rows of a table), Q queries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -37,6 +37,21 @@ class Places:
     count: int  # how many positions the sequences have
 
 
+class SharedTokens:
+    """One side's tokens, which the records of several layers have in common: rotated once for all of them."""
+
+    def __init__(self, beside: int) -> None:
+        self.beside = beside
+        """How many numbers these layers have on the other side, all together."""
+        self._rotated: tuple[Array, Array] | None = None  # the vectors, and the tokens rotated by them
+
+    def rotated(self, vectors: Array, rotate: Callable[[], Array]) -> Array:
+        """What `rotate` gives, kept until other vectors are asked for."""
+        if self._rotated is None or self._rotated[0] is not vectors:
+            self._rotated = vectors, rotate()
+        return self._rotated[1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerIO:
     """A linear layer's record for a batch of sequences.
@@ -51,6 +66,8 @@ class LayerIO:
     mask: Array  # [N, T] bool: the positions that the loss reaches; covariances count these only
     bias: bool  # whether the layer has a bias: a further input that is always one
     places: Places | None = None
+    shared_inputs: SharedTokens | None = None  # where other layers have the very same activations
+    shared_outputs: SharedTokens | None = None  # where other layers have the very same output gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +143,25 @@ def gradient_blocks(
 
 
 def _rotated(record: LayerIO, input_vectors: Array | None, output_vectors: Array | None) -> Array:
-    """Rotates the tokens first when that takes fewer multiplications than rotating the gradients, which is decided by the shape alone."""
+    """On either side, rotates the tokens first when that takes fewer multiplications than rotating the gradients, as the shape alone decides."""
     xp = array_api_compat.array_namespace(record.activations)
     if input_vectors is None or output_vectors is None:
         assert input_vectors is output_vectors is None, "linear layers have an eigenbasis on both sides"
         return _linear_gradients(record)
-    num_positions, inputs, outputs = record.activations.shape[1], input_vectors.shape[0], output_vectors.shape[0]
-    if num_positions * (inputs**2 + outputs**2) < inputs * outputs * (inputs + outputs):
-        rotated_inputs = apply_to_inputs(record, input_vectors)
-        return xp.matmul(xp.matrix_transpose(record.output_gradients @ output_vectors), rotated_inputs)
-    return output_vectors.T @ _linear_gradients(record) @ input_vectors
+    gradients, num_positions = record.output_gradients, record.activations.shape[1]
+    inputs, outputs = (
+        record.shared_inputs or SharedTokens(output_vectors.shape[0]),
+        record.shared_outputs or SharedTokens(input_vectors.shape[0]),
+    )
+    inputs_first, outputs_first = num_positions < inputs.beside, num_positions < outputs.beside
+    if outputs_first:
+        gradients = outputs.rotated(output_vectors, lambda: gradients @ output_vectors)
+    if inputs_first:
+        rotated_inputs = inputs.rotated(input_vectors, lambda: apply_to_inputs(record, input_vectors))
+        found = xp.matmul(xp.matrix_transpose(gradients), rotated_inputs)
+    else:
+        found = _linear_gradients(replace(record, output_gradients=gradients)) @ input_vectors
+    return found if outputs_first else output_vectors.T @ found
 
 
 def _linear_gradients(record: LayerIO) -> Array:
