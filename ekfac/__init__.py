@@ -24,6 +24,7 @@ from ekfac.language import (
 )
 from ekfac.layers import Coverage, Layer, attributable_layers, evaluation_mode, layer_device, matches
 from ekfac.parameters import as_parameters, as_vectors
+from ekfac.projections import Split
 from ekfac.record import (
     BLOCK_NUMBERS,
     Array,
@@ -61,6 +62,7 @@ __all__ = [
     "ScaleIO",
     "SequenceBatch",
     "Solution",
+    "Split",
     "Vectors",
     "as_one_sequence",
     "as_parameters",

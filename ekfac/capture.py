@@ -5,9 +5,9 @@ of the first layers. One layer's record lives at a time (that of a head tied to 
 called several times until its first call is reached), and the model is left exactly as it was found.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from ekfac.convolution import CONVOLUTIONS, patches, places_first
 from ekfac.experts import Routing, Taken, expert_records, own_forward
 from ekfac.functional import LinearUses, own_weight
 from ekfac.layers import KNOWN, Layer, evaluation_mode, normalized
-from ekfac.record import EmbeddingIO, LayerIO, LookupIO, Places, Record, ScaleIO
+from ekfac.projections import Ranges
+from ekfac.record import EmbeddingIO, LayerIO, LookupIO, Places, Record, ScaleIO, SharedTokens
 
 Consume = Callable[[Layer, Record], None]
 
@@ -77,8 +78,12 @@ class _Taking:
     def __init__(self, model: nn.Module, layers: Sequence[Layer], mask: Tensor, consume: Consume) -> None:
         self.model, self.mask, self.consume = model, mask, consume
         self.modules: dict[str, Any] = dict(model.named_modules())
-        self.whole = [layer for layer in layers if layer.expert is None]
-        self.waiting = {layer.name: _Waiting() for layer in self.whole}
+        self.members: dict[str, list[Layer]] = {}  # by first module: a layer, or the blocks of one
+        for layer in layers:
+            if layer.expert is None:
+                self.members.setdefault(layer.modules[0], []).append(layer)
+        self.whole = [members[0] for members in self.members.values()]
+        self.waiting = {name: _Waiting() for name in self.members}
         self.scales = {layer.name: normalized(self.modules[layer.name]) for layer in self.whole if layer.kind == "scale"}
         self.experts: dict[tuple[str, str], dict[int, Layer]] = {}
         for layer in layers:
@@ -120,7 +125,7 @@ class _Taking:
         output = self.probed(name, output)
         if self.in_backward:  # activations computed once more, for checkpoints
             return output
-        call, waiting = _Call(inputs=inputs.detach()), self.waiting[layer.name]
+        call, waiting = _Call(inputs=inputs.detach()), self.waiting[layer.modules[0]]
         waiting.calls.setdefault(name, []).append(call)
         waiting.missing += 1
 
@@ -132,7 +137,8 @@ class _Taking:
                 with torch.no_grad():
                     record = self.record(layer, waiting.calls)
                     waiting.calls = {}
-                    self.consume(layer, record)
+                    for member, own in _members(self.members[layer.modules[0]], record):
+                        self.consume(member, own)
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
         return output
@@ -178,7 +184,7 @@ class _Taking:
     def record(self, layer: Layer, calls: dict[str, list[_Call]]) -> Record:
         mask = self.mask.to(next(call.inputs.device for some in calls.values() for call in some))
         if layer.kind == "linear":
-            return _linear_record(layer, self.modules[layer.name], calls[layer.name], mask)
+            return _linear_record(layer, self.modules[layer.modules[0]], calls[layer.modules[0]], mask)
         if layer.kind == "scale":
             return _scale_record(layer, self.scales[layer.name], calls[layer.name], mask)
         lookup, head = None, None
@@ -192,6 +198,38 @@ class _Taking:
         own = lookup.mask if lookup is not None else None
         reached = head.mask if head is not None else own
         return EmbeddingIO(lookup=lookup, head=head, mask=_two_dimensional(mask) if reached is None else reached, num_rows=layer.outputs)
+
+
+def _members(layers: Sequence[Layer], record: Record) -> Iterator[tuple[Layer, Record]]:
+    """Each layer's own record, from that of the module whose blocks they are."""
+    if not layers[0].is_block:
+        yield layers[0], record
+        return
+    assert isinstance(record, LayerIO)
+    by_rows = layers[0].rows is not None
+    shared = SharedTokens(sum(layer.shape[0 if by_rows else 1] for layer in layers))
+    for layer in layers:
+        yield (
+            layer,
+            replace(
+                record,
+                activations=_some(record.activations, layer.columns),
+                output_gradients=_some(record.output_gradients, layer.rows),
+                bias=layer.bias,
+                shared_inputs=shared if by_rows else None,
+                shared_outputs=None if by_rows else shared,
+            ),
+        )
+
+
+def _some(values: Tensor, ranges: Ranges | None) -> Tensor:
+    """Those of the numbers in the last dimension."""
+    if ranges is None:
+        return values
+    if len(ranges) > 1:
+        return torch.cat([values[..., first:end] for first, end in ranges], -1)
+    first, end = ranges[0] if ranges else (0, 0)
+    return values[..., first:end]
 
 
 def _linear_record(layer: Layer, module: nn.Module, calls: Sequence[_Call], mask: Tensor) -> LayerIO:

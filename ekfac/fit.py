@@ -27,6 +27,7 @@ from ekfac.kronecker import (
 )
 from ekfac.language import Loss, SequenceBatch, drawn_label_loss, sequence_weights
 from ekfac.layers import Coverage, Layer, attributable_layers
+from ekfac.projections import Split
 from ekfac.record import EmbeddingIO, LayerIO, Record
 
 Mask = Callable[[Any], Tensor]
@@ -72,7 +73,8 @@ def covariance_pass(
         if isinstance(record, EmbeddingIO):
             totals[inputs] = feature_covariance(record, totals.get(inputs))
         elif isinstance(record, LayerIO):
-            totals[outputs] = output_covariance(record, totals.get(outputs))
+            if layer.name == (layer.output_group or layer.name):
+                totals[outputs] = output_covariance(record, totals.get(outputs))
             if layer.name == layer.input_group:
                 totals[inputs] = input_covariance(record, totals.get(inputs), own)
 
@@ -123,6 +125,7 @@ def fit(
     loss: Loss | None = None,
     mask: Mask = reached_positions,
     layers: Sequence[str] = ("*",),
+    split: Split = "none",
     damping: Damping | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, LayerFactors], Coverage]:
@@ -130,13 +133,14 @@ def fit(
 
     `loss(model, batch)` is the loss summed over tokens and sequences, `mask(batch)` [N, T] the positions it reaches, or [N] the sequences where
     layers see positions of several kinds, as in encoders (`capture` says what is counted then); left out, the batches are `SequenceBatch`es
-    and labels are drawn from the model with `seed`. `layers` are glob patterns of module names, `damping` 0.1 of each
-    layer's mean corrected eigenvalue when left out. Factors have the dtype of the model, float32 at least. Raises ValueError for a
-    model without attributable layers and for values that are not finite.
+    and labels are drawn from the model with `seed`. `layers` are glob patterns of module names, `split` says whether linear layers are split, as
+    `attributable_layers` does, `damping` is 0.1 of each layer's mean corrected eigenvalue when left out. Factors have the dtype of the model, float32
+    at least. Raises ValueError for a model without attributable layers and for values that are not finite.
     """
     weights: Weights = sequence_weights if loss is None else no_weights
     loss = loss or drawn_label_loss(seed)
-    coverage = attributable_layers(model, lambda model: loss(model, batches[0]), layers, positions=tuple(mask(batches[0]).shape))
+    positions = tuple(mask(batches[0]).shape)
+    coverage = attributable_layers(model, lambda model: loss(model, batches[0]), layers, positions=positions, split=split)
     covariances = covariance_pass(model, coverage.layers, batches, loss, mask, weights)
     if covariances and not any(int(covariance.num_positions) for covariance in covariances.values()):
         raise ValueError("the loss reaches no position of the batches: no token is counted")

@@ -112,16 +112,22 @@ def _covariance(parts: list[Array], last: Array | None, mask: Array, before: Cov
     """Σ over the parts [N, T, I] and their positions of x xᵀ; `last` [N, T, 1], where there is a bias, is one more coordinate of the first part."""
     xp, size = array_api_compat.array_namespace(mask), parts[0].shape[2] + (last is not None)
     total = xp.zeros((size, size), dtype=xp.float64, device=array_api_compat.device(mask)) if before is None else before.total
-    for flat in (xp.reshape(part, (-1, part.shape[2])) for part in parts):
+    for flat in map(_flat, parts):
         for first in range(0, flat.shape[1], PANEL):
             columns = slice(first, min(first + PANEL, flat.shape[1]))
             products = flat[:, columns].T @ flat[:, first:]
             total = _added(total, (columns, slice(first, flat.shape[1])), products)
     if last is not None:
         column = xp.reshape(last, (-1,))
-        products = xp.concat([column @ xp.reshape(parts[0], (-1, size - 1)), xp.sum(column * column)[None]])
+        products = xp.concat([column @ _flat(parts[0]), xp.sum(column * column)[None]])
         total = _added(total, (slice(size), size - 1), products)
     return Covariance(total=total, num_positions=xp.count_nonzero(mask) + (before.num_positions if before else 0))
+
+
+def _flat(values: Array) -> Array:
+    """[N·T, I] of [N, T, I]; I is zero in a block of a bias alone."""
+    xp = array_api_compat.array_namespace(values)
+    return xp.reshape(values, (values.shape[0] * values.shape[1], values.shape[2]))
 
 
 def _added(total: Array, where: Any, values: Array) -> Array:

@@ -27,6 +27,7 @@ from ekfac.backend import Backend
 from ekfac.convolution import CONVOLUTIONS, unfolded_size
 from ekfac.experts import Matrix, expert_matrices, experts_forward, given
 from ekfac.functional import LinearUses, own_weight
+from ekfac.projections import Block, Ranges, Split, blocks, size_of
 
 MAX_FACTOR_SIZE = 20_480
 """Larger covariances are refused: a float64 matrix of this size takes 3.4 GB, its eigenvectors as much again."""
@@ -44,6 +45,8 @@ class Layer:
     bias: bool
     input_group: str
     """Name of the first layer fed the very same tensor: linear layers that share it have one input covariance and one eigenbasis."""
+    output_group: str | None = None
+    """Of a layer that is split by its inputs, the name of the first block: all have one output covariance and one eigenbasis."""
     modules: tuple[str, ...]
     """The modules that use the layer's parameters: one, or the embedding and the head that is tied to it."""
     lookup_factor: float = 1.0
@@ -53,16 +56,33 @@ class Layer:
     parameter: str | None = None
     routed: float = 1.0
     """The share of the positions that would reach the layer were they spread evenly over the experts."""
+    rows: Ranges | None = None
+    """Of a block, which outputs of its module it has, and below which inputs; None stands for all."""
+    columns: Ranges | None = None
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is part of a linear map."""
+        return self.rows is not None or self.columns is not None
 
     @property
     def known_as(self) -> tuple[str, ...]:
-        """The names that patterns are compared with: an expert's own, and else those of the modules."""
-        return self.modules if self.expert is None else (self.name,)
+        """What people know it by: an expert or a block by its own name, any other layer by those of its modules."""
+        return (self.name,) if self.expert is not None or self.is_block else self.modules
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, J): the shape of the layer's gradient, the bias as its last column."""
         return self.outputs, self.inputs + self.bias
+
+    @property
+    def unshared(self) -> tuple[int, int]:
+        """Its outputs and inputs, without those that it shares as a block with the first block of its module, where they are counted."""
+        outputs, inputs = self.shape
+        return (
+            0 if self.output_group not in (None, self.name) else outputs,
+            0 if self.rows is not None and self.input_group != self.name else inputs,
+        )
 
     @property
     def input_name(self) -> str | None:
@@ -72,7 +92,7 @@ class Layer:
     @property
     def output_name(self) -> str | None:
         """Under which name the output-gradient covariance and eigenbasis stand; None where there are none."""
-        return f"output:{self.name}" if self.kind == "linear" else None
+        return f"output:{self.output_group or self.name}" if self.kind == "linear" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +103,8 @@ class Coverage:
     attributed: int
     total: int
     excluded: dict[str, str]  # module name → reason
+    whole: dict[str, str] = field(default_factory=dict)
+    """Where layers are split, the linear layers of which this is not known how: module name → reason."""
 
     @property
     def share(self) -> float:
@@ -96,16 +118,21 @@ def attributable_layers(
     *,
     positions: tuple[int, ...] | None = None,
     same_positions: bool = False,
+    split: Split = "none",
 ) -> Coverage:
     """The layers of `model` that can be attributed and match one of the glob `patterns`, in the order of the model's modules.
 
-    A pattern matches a layer by the name of any module that uses its parameters, and an expert by a name such as `mlp.experts.3.down_proj`.
+    A pattern matches a layer by the name of any module that uses its parameters, and an expert by a name such as `mlp.experts.3.down_proj`. With
+    `split` the blocks of linear layers are layers, with names such as `c_attn.q` (projections) or `c_attn.q.head3` (heads), which a pattern matches
+    too; linear layers of attention whose blocks are not known stay whole, as `Coverage.whole` tells.
     `run` must call the model once on a small input; it is called without gradients. Where some of the model's parameters require a gradient and
     others do not, these are frozen and left out. `positions`, when given, is the shape (N,) or (N, T) of the mask of this input: layers whose
     inputs cannot be told apart by sequence are left out, and with `same_positions` those that see other positions than T. Raises ValueError when
     a pattern matches no layer that can be attributed, or nothing is left.
     """
     if isinstance(model, Backend):
+        if split != "none":
+            raise ValueError("layers of a JAX model are not split: take none")
         return model.attributable(run, patterns)
     modules = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     frozen = _frozen(model, modules)
@@ -113,35 +140,42 @@ def attributable_layers(
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers: list[Layer] = []
     excluded: dict[str, str] = {}
+    whole: dict[str, str] = {}
     for names in _sharing(modules):
         reason = next((frozen[name] for name in names if name in frozen), None)
         judged = reason or _unplaced(names, modules, calls, positions, same_positions) or _judged(names, modules, calls, head)
         if isinstance(judged, str):
             excluded |= dict.fromkeys(names, judged)
         else:
-            layers += judged
+            found = _blocks(judged[0], model, split) if len(judged) == 1 else None
+            if isinstance(found, str):
+                whole[judged[0].name] = found
+            layers += found if isinstance(found, list) else judged
             excluded |= _left_over(names, modules, judged)
     known = [name for layer in layers for name in layer.known_as]
     for pattern in patterns:
-        if not fnmatch.filter(known, pattern):
+        if not any(matches(layer, [pattern]) for layer in layers):
             raise ValueError(
                 f"no attributable layer matches {pattern!r}; there are {len(layers)}, such as: {', '.join(known[:3]) or 'none'}"
             )
     if not layers:
         raise ValueError("the model has no layer that can be attributed: linear, embedding or scale, called in a forward pass")
     chosen = [layer for layer in layers if matches(layer, patterns)]
+    kept = {name for layer in chosen for name in layer.modules}
     excluded |= {name: "not selected by the layer patterns" for layer in layers if layer not in chosen for name in layer.known_as}
     return Coverage(
         layers=_grouped(chosen, calls),
         attributed=sum(layer.shape[0] * layer.shape[1] for layer in chosen),
         total=sum(p.numel() for p in model.parameters()),
         excluded=dict(sorted(excluded.items())),
+        whole={name: reason for name, reason in whole.items() if name in kept},
     )
 
 
 def matches(layer: Layer, patterns: Sequence[str]) -> bool:
-    """Whether a glob matches one of the layer's names."""
-    return any(fnmatch.fnmatchcase(name, pattern) for name in layer.known_as for pattern in patterns)
+    """Whether a glob matches one of the layer's names, or of a block that of its module."""
+    names = (*layer.known_as, *(layer.modules if layer.is_block else ()))
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def expert_modules(layers: Iterable[Layer]) -> list[str]:
@@ -283,6 +317,37 @@ def _judged(
         }
         judged = _scale(names[0], modules[names[0]], calls[names[0]], lengths)
     return judged if isinstance(judged, str) else [judged]
+
+
+def _blocks(layer: Layer, model: nn.Module, split: Split) -> list[Layer] | str | None:
+    """A layer for each block of a linear layer, the reason why they are not known, or None where it has none."""
+    if layer.expert is not None or len(layer.modules) > 1 or not isinstance(model.get_submodule(layer.name), nn.Linear | Conv1D):
+        return None
+    own: Any = getattr(model, "config", None)
+    config = own.get_text_config() if hasattr(own, "get_text_config") else own
+    found = blocks(layer.name, layer.inputs, layer.outputs, layer.bias, config, split)
+    if found is None or isinstance(found, str):
+        return found
+    made = [_block(layer, block) for block in found]
+    widest = max(max(block.shape) for block in made)
+    return made if widest <= MAX_FACTOR_SIZE else f"a covariance of {widest:,} × {widest:,} would be needed"
+
+
+def _block(layer: Layer, block: Block) -> Layer:
+    inputs = layer.inputs if block.columns is None else size_of(block.columns)
+    outputs = layer.outputs if block.rows is None else size_of(block.rows)
+    name = f"{layer.name}.{block.name}"
+    return replace(
+        layer,
+        name=name,
+        kind="linear",
+        inputs=inputs,
+        outputs=outputs,
+        bias=layer.bias if block.columns is None else inputs == 0,
+        input_group=name,
+        rows=block.rows,
+        columns=block.columns,
+    )
 
 
 def _multiplies(module: nn.Module, call: _Call) -> bool:
@@ -449,8 +514,10 @@ def _grouped(layers: list[Layer], calls: dict[str, list[_Call]]) -> tuple[Layer,
     leaders: dict[tuple[Any, ...], str] = {}
     found = []
     for layer in layers:
-        if layer.kind == "linear" and layer.expert is None:
-            seen = tuple(id(call.inputs) for call in calls[layer.name])
+        if layer.columns is not None:
+            layer = replace(layer, output_group=leaders.setdefault((layer.modules,), layer.name))
+        elif layer.kind == "linear" and layer.expert is None:
+            seen = tuple(id(call.inputs) for call in calls[layer.modules[0]])
             layer = replace(layer, input_group=leaders.setdefault((layer.inputs, layer.bias, *seen), layer.name))
         found.append(layer)
     return tuple(found)

@@ -9,12 +9,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ekfac.backend import Backend
 from ekfac.layers import Layer
+from ekfac.projections import numbers
 
 
 def as_parameters(model: nn.Module, layers: Sequence[Layer], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Vectors [..., O, J] by layer name as tensors of the parameters' shapes (after the same leading dimensions), by parameter name.
 
-    Experts that are not among the layers have zeros.
+    Experts and blocks that are not among the layers have zeros.
     """
     if isinstance(model, Backend):
         return model.as_parameters(layers, vectors)
@@ -23,6 +24,9 @@ def as_parameters(model: nn.Module, layers: Sequence[Layer], vectors: Mapping[st
         vector, (weight, bias) = vectors[layer.name], parameter_names(model, layer)
         leading, own = vector.shape[:-2], model.get_parameter(weight)
         matrix = vector[..., 0] if layer.kind == "scale" else vector[..., : layer.inputs]
+        if layer.is_block:
+            _put_block(model, layer, weight, bias, vector, found)
+            continue
         matrix = matrix.mT if _is_transposed(model, layer) else matrix
         if layer.expert is None:
             found[weight] = matrix.reshape(*leading, *own.shape)
@@ -54,8 +58,30 @@ def as_vectors(model: nn.Module, layers: Sequence[Layer], parameters: Mapping[st
             matrix = matrix[..., None]
         elif _is_transposed(model, layer):
             matrix = matrix.mT
+        if layer.is_block:
+            rows, columns = _places(layer, matrix)
+            matrix, column = matrix[..., rows, :][..., columns], None if column is None else column[..., rows]
         found[layer.name] = matrix if column is None else torch.cat([matrix, column[..., None]], -1)
     return found
+
+
+def _put_block(model: nn.Module, layer: Layer, weight: str, bias: str | None, vector: Tensor, found: dict[str, Tensor]) -> None:
+    for name in (weight, bias):
+        if name is not None and name not in found:
+            found[name] = vector.new_zeros((*vector.shape[:-2], *model.get_parameter(name).shape))
+    matrix = found[weight].mT if _is_transposed(model, layer) else found[weight]
+    rows, columns = _places(layer, matrix)
+    matrix[..., rows[:, None], columns] = vector[..., : layer.inputs]
+    if bias is not None:
+        found[bias][..., rows] = vector[..., -1]
+
+
+def _places(layer: Layer, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows and which columns of its module's matrix a block has."""
+    outputs, inputs = matrix.shape[-2:]
+    ranges = (layer.rows or ((0, outputs),), ((0, inputs),) if layer.columns is None else layer.columns)
+    rows, columns = (torch.tensor(list(numbers(some)), dtype=torch.int64, device=matrix.device) for some in ranges)
+    return rows, columns
 
 
 def parameter_names(model: nn.Module, layer: Layer) -> tuple[str, str | None]:

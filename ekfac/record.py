@@ -12,7 +12,7 @@ Shapes here and in the other modules of this package: N sequences, T positions, 
 I + 1 with a bias, O outputs (rows of a table), Q queries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -40,6 +40,21 @@ class Places:
     count: int  # how many positions the sequences have
 
 
+class SharedTokens:
+    """One side's tokens, which the records of several layers have in common: rotated once for all of them."""
+
+    def __init__(self, beside: int) -> None:
+        self.beside = beside
+        """How many numbers these layers have on the other side, all together."""
+        self._rotated: tuple[Array, Array] | None = None  # the vectors, and the tokens rotated by them
+
+    def rotated(self, vectors: Array, rotate: Callable[[], Array]) -> Array:
+        """What `rotate` gives, kept until other vectors are asked for."""
+        if self._rotated is None or self._rotated[0] is not vectors:
+            self._rotated = vectors, rotate()
+        return self._rotated[1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerIO:
     """A linear layer's record for a batch of sequences.
@@ -54,6 +69,8 @@ class LayerIO:
     mask: Array  # [N, T] bool: the positions that the loss reaches; covariances count these only
     bias: bool  # whether the layer has a bias: a further input that is always one
     places: Places | None = None
+    shared_inputs: SharedTokens | None = None  # where other layers have the very same activations
+    shared_outputs: SharedTokens | None = None  # where other layers have the very same output gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,25 +143,38 @@ def gradient_blocks(
 
 
 def _linear_blocks(record: LayerIO, input_vectors: Array | None, output_vectors: Array | None) -> Iterator[tuple[Rows, Array]]:
-    """Rotates the tokens first when that takes fewer multiplications than rotating the gradients, which is decided by the shape alone."""
-    xp, (num_positions, outputs) = array_api_compat.array_namespace(record.activations), record.output_gradients.shape[1:]
+    """On either side, rotates the tokens first when that takes fewer multiplications than rotating the gradients, as the shape alone decides."""
+    xp, gradients = array_api_compat.array_namespace(record.activations), record.output_gradients
+    num_sequences, num_positions, num_rows = gradients.shape
     if num_positions == 0:  # an expert that no token reached: there is nothing to stream through memory
         yield slice(0, 0), _linear_gradients(record)[:, :0]
         return
-    inputs = record.activations.shape[-1] + record.bias
-    parts = _blocks_of(outputs, record.mask.shape[0] * inputs, record.activations)
+    parts = _blocks_of(num_rows, num_sequences * (record.activations.shape[2] + record.bias), gradients)
     if input_vectors is None or output_vectors is None:
         assert input_vectors is output_vectors is None, "linear layers have an eigenbasis on both sides"
         for part in parts:
-            yield part, _linear_gradients(replace(record, output_gradients=record.output_gradients[:, :, part]))
-    elif num_positions * (inputs**2 + outputs**2) < inputs * outputs * (inputs + outputs):
-        rotated_inputs, rotated_outputs = apply_to_inputs(record, input_vectors), record.output_gradients @ output_vectors
+            yield part, _linear_gradients(replace(record, output_gradients=gradients[:, :, part]))
+        return
+    inputs = record.shared_inputs or SharedTokens(output_vectors.shape[0])
+    outputs = record.shared_outputs or SharedTokens(input_vectors.shape[0])
+    rotated_inputs = None
+    if num_positions < inputs.beside:
+        rotated_inputs = inputs.rotated(input_vectors, lambda: apply_to_inputs(record, input_vectors))
+
+    def rotated(some: Array) -> Array:
+        """The gradients of some rows, rotated on the inputs' side."""
+        if rotated_inputs is None:
+            return _linear_gradients(replace(record, output_gradients=some)) @ input_vectors
+        return xp.matmul(xp.matrix_transpose(some), rotated_inputs)
+
+    if num_positions < outputs.beside:
+        rotated_outputs = outputs.rotated(output_vectors, lambda: gradients @ output_vectors)
         for part in parts:
-            yield part, xp.matmul(xp.matrix_transpose(rotated_outputs[:, :, part]), rotated_inputs)
+            yield part, rotated(rotated_outputs[:, :, part])
     else:
-        half_rotated = _linear_gradients(record) @ input_vectors
+        whole = rotated(gradients)
         for part in parts:
-            yield part, output_vectors[:, part].T @ half_rotated
+            yield part, output_vectors[:, part].T @ whole
 
 
 def _linear_gradients(record: LayerIO) -> Array:

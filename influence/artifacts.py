@@ -24,7 +24,8 @@ def stage_fingerprints(description: Mapping[str, Any]) -> dict[str, str]:
     damping = settings["factors"]["damping"]
     fitted_with = {key: value for key, value in settings["factors"].items() if key != "damping"}
     prints = {"sequences": digest([FORMAT, "sequences", settings["data"], made_from["data"], made_from["tokenizer"]])}
-    prints["layers"] = digest([FORMAT, "layers", settings["model"], made_from["model"], settings["factors"]["layers"]])
+    split = [settings["factors"]["split_layers"]] if "split_layers" in settings["factors"] else []
+    prints["layers"] = digest([FORMAT, "layers", settings["model"], made_from["model"], settings["factors"]["layers"], *split])
     prints["covariances"] = digest(["covariances", prints["sequences"], prints["layers"], fitted_with])
     prints["eigenbases"] = digest(["eigenbases", prints["covariances"]])
     prints["eigenvalues"] = digest(["eigenvalues", prints["eigenbases"]])
@@ -48,8 +49,15 @@ def write_layers(directory: Path, coverage: Coverage) -> None:
 
 def read_layers(directory: Path) -> Coverage:
     content = json.loads((directory / "layers.json").read_text(encoding="utf-8"))
-    layers = tuple(Layer(**{**layer, "modules": tuple(layer["modules"])}) for layer in content["layers"])
+    layers = tuple(
+        Layer(**{**layer, "modules": tuple(layer["modules"]), **{side: _ranges(layer.get(side)) for side in ("rows", "columns")}})
+        for layer in content["layers"]
+    )
     return Coverage(**{**content, "layers": layers})
+
+
+def _ranges(found: list[list[int]] | None) -> tuple[tuple[int, int], ...] | None:
+    return None if found is None else tuple((first, end) for first, end in found)
 
 
 def write_covariances(directory: Path, covariances: Mapping[str, Covariance]) -> None:

@@ -96,12 +96,13 @@ def layer_groups(use: MemoryUse, memory_budget: int, sequence_length: int, devic
     left = memory_budget - use.model_bytes
     room = left - max(use.bytes_of(sequence_length), min(use.bytes_of(MAX_TOKENS[device]), left // 4))
     groups: list[list[Layer]] = []
-    used = 0
+    used, held = 0, set[str]()
     for layer in use.layers:
-        used += factor_bytes([layer])
+        used += _factor_bytes(layer, held)
         if not groups or used > room:
             groups.append([])
-            used = factor_bytes([layer])
+            held = set()
+            used = _factor_bytes(layer, held)
         groups[-1].append(layer)
     return [tuple(group) for group in groups]
 
@@ -132,11 +133,19 @@ def budget_beside(use: MemoryUse, groups: Sequence[Sequence[Layer]], memory_budg
 def factor_bytes(layers: Sequence[Layer]) -> int:
     """Eigenvectors or covariances, and for every weight either its sum of squares, or its corrected eigenvalue, its inverse, its whitening and
     the vectors of one query."""
-    total = 0
-    for layer in layers:
-        outputs, inputs = layer.shape
-        total += 20 * outputs * inputs + 8 * {"linear": outputs**2 + inputs**2, "embedding": inputs**2, "scale": 0}[layer.kind]
-    return total
+    held: set[str] = set()
+    return sum(_factor_bytes(layer, held) for layer in layers)
+
+
+def _factor_bytes(layer: Layer, held: set[str]) -> int:
+    """What the layer adds to those that share a side with it, whose names are in `held`, to which it adds its own."""
+    outputs, inputs = layer.shape
+    sizes = {"linear": {layer.output_name: outputs, layer.input_name: inputs}, "embedding": {layer.input_name: inputs}, "scale": {}}[
+        layer.kind
+    ]
+    square = sum(size**2 for name, size in sizes.items() if name not in held)
+    held |= {str(name) for name in sizes} if layer.is_block else set()
+    return 20 * outputs * inputs + 8 * square
 
 
 def queries_at_once(budget: BatchBudget, layers: Sequence[Layer], copies: int = 1) -> int:
@@ -151,7 +160,8 @@ def queries_at_once(budget: BatchBudget, layers: Sequence[Layer], copies: int = 
 
 def _numbers_per_token(layer: Layer) -> int:
     """Of its record and its rotation; of an expert, on average over the tokens."""
-    numbers = {"linear": layer.inputs + 3 * layer.outputs, "embedding": 4 * layer.inputs, "scale": 4 * layer.outputs}[layer.kind]
+    outputs, inputs = layer.unshared if layer.is_block else (layer.outputs, layer.inputs)
+    numbers = {"linear": inputs + 3 * outputs, "embedding": 4 * layer.inputs, "scale": 4 * layer.outputs}[layer.kind]
     return math.ceil(layer.routed * numbers)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from ekfac import Damping
+from ekfac import Damping, Split
 from indexing import Encoding, row_length_within
 from influence.errors import RequestError
 
@@ -186,6 +186,11 @@ class FactorsConfig(Section):
     """The EK-FAC factors."""
 
     layers: Names = Field(default_factory=lambda: ["all"], description="all, or globs of module names")
+    split_layers: Split = Field(
+        "none",
+        description="none; projections: fused linear layers are split into queries, keys and values, or gate and up; heads: those of attention "
+        "into its heads too. Each block has factors and scores of its own",
+    )
     sequences: int | None = Field(
         None,
         ge=1,
@@ -263,6 +268,12 @@ class Config(Section):
     run: RunConfig
     resources: ResourcesConfig = ResourcesConfig()
 
+    @model_validator(mode="after")
+    def torch_layers_are_split(self) -> "Config":
+        if self.model.flax is not None and self.factors.split_layers != "none":
+            raise ValueError("factors.split_layers: layers of a Flax model are not split")
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What results depend on besides the contents of model and data: every setting but places and resources."""
         settings = self.model_dump(mode="json", include={"model", "data", "factors", "index"})
@@ -271,6 +282,8 @@ class Config(Section):
         del settings["data"]["files"]
         if settings["model"]["quantize"] is None:
             del settings["model"]["quantize"]
+        if settings["factors"]["split_layers"] == "none":
+            del settings["factors"]["split_layers"]
         return settings
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ekfac import Coverage, attributable_layers, evaluation_mode
+from ekfac import Coverage, Split, attributable_layers, evaluation_mode
 from influence.adapters import (
     adapter_settings,
     check_no_adapter,
@@ -126,7 +126,7 @@ def model_without_weights(config: ModelConfig) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def find_layers(model: nn.Module, patterns: Sequence[str]) -> Coverage:
+def find_layers(model: nn.Module, patterns: Sequence[str], split: Split = "none") -> Coverage:
     """The model's attributable layers that match one of the patterns, found by running it once; it may be one without weights.
 
     Raises RequestError for a pattern that matches none.
@@ -141,7 +141,7 @@ def find_layers(model: nn.Module, patterns: Sequence[str]) -> Coverage:
             model(input_ids=(tokens % embedded_tokens(model))[None], use_cache=False)
 
     try:
-        return attributable_layers(model, call, patterns, positions=(1, length), same_positions=True)
+        return attributable_layers(model, call, patterns, positions=(1, length), same_positions=True, split=split)
     except ValueError as error:
         raise RequestError(f"factors.layers: {error}") from None
 

@@ -9,9 +9,10 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ekfac import BLOCK_NUMBERS, Backend, Coverage, Layer
 from indexing import RowFormat
@@ -100,8 +101,8 @@ class ModelShape:
         return self.use.model_bytes
 
 
-def model_shape(model: nn.Module, coverage: Coverage) -> ModelShape:
-    """Of a model, which may be one without weights."""
+def model_shape(model: nn.Module, coverage: Coverage, quantize: Literal["8bit", "4bit"] | None = None) -> ModelShape:
+    """Of a model, which may be one without weights; `quantize` tells in how many bits the base's will be loaded."""
     if isinstance(model, Backend):
         return _shape_of_backend(model, coverage)
     config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
@@ -113,9 +114,10 @@ def model_shape(model: nn.Module, coverage: Coverage) -> ModelShape:
     multiplied = [p for p in model.parameters() if p.ndim > 1 and (id(p) not in tables or p is head)]
     layers, heads = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", 0)
     head_dimension = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // heads if heads else 0)
+    use = model_memory(model, coverage.layers)
     return ModelShape(
         coverage=coverage,
-        use=model_memory(model, coverage.layers),
+        use=replace(use, model_bytes=use.model_bytes - saved_bytes(model, quantize)),
         bytes_per_number=next(model.parameters()).element_size(),
         products_per_token=int(sum(p.numel() * (used if p.ndim == 3 else 1) for p in multiplied)),
         attention_width=layers * heads * head_dimension,
@@ -141,6 +143,27 @@ def _shape_of_backend(model: Backend, coverage: Coverage) -> ModelShape:
         heads=products.heads,
         tied=products.tied,
     )
+
+
+def saved_bytes(model: nn.Module, quantize: Literal["8bit", "4bit"] | None) -> int:
+    """What bitsandbytes takes less for the weights of the base's linear layers but for its head, than this model, of which none is quantized.
+
+    In 8 bits a byte for a weight and a scale in float32 for each output; in 4 bits half of a byte, and a scale in float32 for 64 weights (Dettmers et
+    al. 2023, arXiv 2305.14314, section 3, without double quantization).
+    """
+    if quantize is None:
+        return 0
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and not m.weight.requires_grad]
+    saved = 0
+    for weight in (weight for weight in linear if weight is not head):
+        size = (
+            weight.numel() + 4 * weight.shape[0]
+            if quantize == "8bit"
+            else math.ceil(weight.numel() / 2) + 4 * math.ceil(weight.numel() / 64)
+        )
+        saved += weight.numel() * weight.element_size() - size
+    return saved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +263,12 @@ class Plan:
         return {
             "fits": self.fits,
             "problems": [asdict(problem) for problem in self.problems],
-            "parameters": {"attributed": self.coverage.attributed, "total": self.coverage.total, "excluded": self.coverage.excluded},
+            "parameters": {
+                "attributed": self.coverage.attributed,
+                "total": self.coverage.total,
+                "excluded": self.coverage.excluded,
+                "whole": self.coverage.whole,
+            },
             "layers": len(self.coverage.layers),
             "data": asdict(self.data),
             "rates": asdict(self.rates),
@@ -362,7 +390,7 @@ class _Costs:
         """A forward pass and the backward pass of activations, for one sequence, once for each group of layers."""
         tokens, shape = self.tokens, self.shape
         attention = (4 + 8) * tokens**2 * shape.attention_width
-        width = sum(layer.routed * (layer.inputs + layer.outputs) if layer.kind == "linear" else layer.shape[1] for layer in self.layers)
+        width = sum(layer.routed * sum(layer.unshared) if layer.kind == "linear" else layer.shape[1] for layer in self.layers)
         once = Work(
             model_products=4 * shape.products_per_token * tokens + attention,
             elementwise=tokens * (ACTIVATION_PASSES * width * shape.bytes_per_number / 4 + logit_passes * shape.vocabulary),
@@ -416,13 +444,23 @@ class _Costs:
         )
 
     def rotated(self) -> Work:
-        """One sequence's gradient in the eigenbasis; whether its tokens are rotated or the gradient is decided as in `ekfac.record`."""
+        """One sequence's gradient in the eigenbasis; on either side, whether its tokens are rotated or the gradient is decided as in `ekfac.record`.
+
+        Tokens that blocks of a layer share are rotated once.
+        """
         products, tokens = 0.0, self.tokens
+        of_module: dict[tuple[str, ...], tuple[int, int]] = {}
+        for layer in (layer for layer in self.layers if layer.is_block):
+            before = of_module.get(layer.modules, (0, 0))
+            of_module[layer.modules] = before[0] + layer.shape[0], before[1] + layer.shape[1]
         for layer in self.layers:
             o, j = layer.shape
             if layer.kind == "linear":
                 own = layer.routed * tokens
-                products += own * o * j + min(own * (j**2 + o**2), o * j * (o + j))
+                all_o, all_j = of_module[layer.modules] if layer.is_block else (o, j)
+                on_inputs = min(own * o / all_o if layer.rows else own, o) * j**2
+                on_outputs = min(own * j / all_j if layer.output_group else own, j) * o**2
+                products += own * o * j + on_inputs + on_outputs
             elif layer.kind == "embedding":
                 products += tokens * j * (j * (1 + (layer.name in self.shape.tied)) + (o if layer.name in self.shape.heads else 0))
         return Work(products=2 * products)
@@ -592,7 +630,9 @@ def _families_within(shape: ModelShape, parameter_bytes: int, length: int, limit
     """Globs of the families of layers, alike but for the numbers in their names, that keep most parameters within the limit; their share and need."""
     families: dict[str, list[Layer]] = {}
     for layer in shape.coverage.layers:
-        families.setdefault(re.sub(r"\.\d+\.", ".*.", layer.name), []).append(layer)
+        families.setdefault(
+            re.sub(r"\.\d+\.|(?<=\.head)\d+", lambda found: ".*." if found[0].startswith(".") else "*", layer.name), []
+        ).append(layer)
     ranked = sorted(families.items(), key=lambda item: -sum(layer.shape[0] * layer.shape[1] for layer in item[1]))
     optional, small = ranked[:MOST_FAMILIES], ranked[MOST_FAMILIES:]
     sizes = {glob: sum(layer.shape[0] * layer.shape[1] for layer in members) for glob, members in ranked}

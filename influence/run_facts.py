@@ -83,6 +83,7 @@ def coverage_facts(run: "Run") -> dict[str, Any]:
         "parameters": coverage.total,
         "layers": [layer.name for layer in coverage.layers],
         "excluded": coverage.excluded,
+        "whole": coverage.whole,
     }
 
 

@@ -32,7 +32,8 @@ def plan_of(config: Config, device: str | None, sequences: int | None, tokens: f
         raise RequestError(f"data.sequence_length is {config.data.sequence_length}, but the model has {limit} positions: lower it")
     if tokens is not None and tokens > config.data.sequence_length:
         raise RequestError(f"--tokens-per-sequence is {tokens:g}, more than data.sequence_length, {config.data.sequence_length}")
-    shape = model_shape(model, find_layers(model, config.factors.patterns))
+    layers = find_layers(model, config.factors.patterns, config.factors.split_layers)
+    shape = model_shape(model, layers, config.model.quantize)
     data = _data_size(config, sequences, tokens)
     free = None if device is not None else _free_disk(Path(config.run.dir))
     return planned(config, shape, data, rates or _measured(shape, config), free)
@@ -97,7 +98,7 @@ def _print_plan(made: Plan) -> None:
     coverage, data, rates = made.coverage, made.data, made.rates
     console.print(
         f"model: {coverage.total:,} parameters, {coverage.share:.1%} of them attributed, in {len(coverage.layers)} layers"
-        f"{_excluded(coverage.excluded)}"
+        f"{_with_reasons('not attributed', coverage.excluded)}{_with_reasons('not split', coverage.whole)}"
     )
     console.print(f"data: {data.sequences:,} sequences of {data.tokens:,.0f} tokens ({data.basis})")
     console.print(
@@ -130,14 +131,14 @@ def _print_plan(made: Plan) -> None:
         console.print("this run does not fit as it is configured")
 
 
-def _excluded(excluded: dict[str, str]) -> str:
-    if not excluded:
+def _with_reasons(what: str, modules: dict[str, str]) -> str:
+    if not modules:
         return ""
     reasons: dict[str, list[str]] = {}
-    for name, reason in excluded.items():
+    for name, reason in modules.items():
         reasons.setdefault(reason, []).append(name)
     some = (f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in reasons.items())
-    return "; not attributed: " + "; ".join(some)
+    return f"; {what}: " + "; ".join(some)
 
 
 def _groups(count: int) -> str:

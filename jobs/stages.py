@@ -164,7 +164,7 @@ def _sequences(run: Run, config: Config, _: str) -> Write:
 
 
 def _layers(run: Run, config: Config, _: str) -> Write:
-    coverage = find_layers(run.language_model.model, config.factors.patterns)
+    coverage = find_layers(run.language_model.model, config.factors.patterns, config.factors.split_layers)
     if config.index.row_length < len(coverage.layers):
         raise RequestError(
             f"index.bytes_per_sequence is {config.index.bytes_per_sequence}, which in {config.index.encoding} is {config.index.row_length} numbers, "

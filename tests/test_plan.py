@@ -71,7 +71,12 @@ def test_disk_is_that_of_the_run(influence: Influence, world: World, finished: P
 
 def test_units_parameters_and_sequences_are_those_of_the_run(influence: Influence, world: World, finished: Path, tmp_path: Path) -> None:
     found, run = planned(influence, world, tmp_path), Run(finished)
-    assert found["parameters"] == {"attributed": run.coverage.attributed, "total": run.coverage.total, "excluded": run.coverage.excluded}
+    assert found["parameters"] == {
+        "attributed": run.coverage.attributed,
+        "total": run.coverage.total,
+        "excluded": run.coverage.excluded,
+        "whole": {},
+    }
     assert found["data"]["sequences"] == len(run.training)
     assert found["data"]["tokens"] == run.training.summary["tokens"] / len(run.training)
     assert found["fitted_on"] == {stage: min(count, len(run.training)) for stage, count in run.fitted_on.items()}
