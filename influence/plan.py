@@ -494,7 +494,9 @@ class _Costs:
         tokens = max(1, self.batch) * self.tokens
         width = (self.shape.use.bytes_per_token / 4 - 4 * self.shape.vocabulary) / 2
         captured = 4 * tokens * (ACTIVATIONS_OF_WIDTH * width + COPIES_OF_LOGITS * self.shape.vocabulary)
-        gradients = 4 * 3 * min(max(1, self.batch) * most, max(BLOCK_NUMBERS, self._largest_linear() * max(1, self.batch)))
+        gradients = (
+            4 * 3 * min(max(1, self.batch) * most, max((16 if on_gpu else 1) * BLOCK_NUMBERS, self._rotated_whole() * max(1, self.batch)))
+        )
         vectors, ids = 4 * square, BYTES_PER_ID * count
         made = captured + gradients
         factors = vectors + 12 * numbers  # and, for every weight, its eigenvalue, its inverse and its weight in rows
@@ -528,8 +530,10 @@ class _Costs:
         on_host = process + read + (model if stage in ("start", "layers") else 0)
         return on_host, 0 if stage in ("start", "factors") else model + held.get(stage, 0)
 
-    def _largest_linear(self) -> int:
-        return max((layer.shape[0] * layer.shape[1] for layer in self.layers if layer.kind == "linear"), default=0)
+    def _rotated_whole(self) -> int:
+        """The numbers of the largest layer whose gradients are whole because they, not its tokens, are rotated on the side of the outputs."""
+        linear = (layer.shape for layer in self.layers if layer.kind == "linear")
+        return max((outputs * inputs for outputs, inputs in linear if self.tokens >= inputs), default=0)
 
 
 def covariance_sizes(layers: Iterable[Layer]) -> dict[str, int]:
