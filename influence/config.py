@@ -188,8 +188,8 @@ class FactorsConfig(Section):
     layers: Names = Field(default_factory=lambda: ["all"], description="all, or globs of module names")
     split_layers: Split = Field(
         "none",
-        description="none; projections: fused linear layers are split into queries, keys and values, or gate and up; heads: those of attention into its "
-        "heads too. Each block has factors and scores of its own",
+        description="none; projections: fused linear layers are split into queries, keys and values, or gate and up; heads: those of attention "
+        "into its heads too. Each block has factors and scores of its own",
     )
     sequences: int | None = Field(
         None,

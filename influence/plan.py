@@ -7,7 +7,7 @@ Arithmetic alone: it loads no weights, reads no data and measures nothing. Lette
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from influence.batches import (
     BatchBudget,
     MemoryUse,
     budget_beside,
+    covariance_sizes,
     factor_bytes,
     layer_groups,
     memory_use,
@@ -511,18 +512,6 @@ class _Costs:
 
     def _largest_linear(self) -> int:
         return max((layer.shape[0] * layer.shape[1] for layer in self.layers if layer.kind == "linear"), default=0)
-
-
-def covariance_sizes(layers: Iterable[Layer]) -> dict[str, int]:
-    """The size of every covariance, by the names that layers give them; what several layers share is there once."""
-    sizes = {}
-    for layer in layers:
-        outputs, inputs = layer.shape
-        if layer.input_name:
-            sizes[layer.input_name] = inputs
-        if layer.output_name:
-            sizes[layer.output_name] = outputs
-    return sizes
 
 
 def largest_batch(budget: BatchBudget, tokens: int, sequences: int) -> int:
