@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ekfac.backend import Backend
-from ekfac.convolution import CONVOLUTIONS, patches, places_first
+from ekfac.convolution import CONVOLUTIONS, by_group, patches, places_first
 from ekfac.experts import Routing, Taken, expert_records, own_forward
 from ekfac.functional import LinearUses, own_weight
 from ekfac.layers import KNOWN, Layer, evaluation_mode, normalized
 from ekfac.projections import Ranges
-from ekfac.record import EmbeddingIO, LayerIO, LookupIO, Places, Record, ScaleIO, SharedTokens
+from ekfac.record import EmbeddingIO, GroupedIO, LayerIO, LookupIO, Places, Record, ScaleIO, SharedTokens
 
 Consume = Callable[[Layer, Record], None]
 
@@ -185,6 +185,8 @@ class _Taking:
         mask = self.mask.to(next(call.inputs.device for some in calls.values() for call in some))
         if layer.kind == "linear":
             return _linear_record(layer, self.modules[layer.modules[0]], calls[layer.modules[0]], mask)
+        if layer.kind == "grouped":
+            return _grouped_record(self.modules[layer.name], _linear_record(layer, self.modules[layer.name], calls[layer.name], mask))
         if layer.kind == "scale":
             return _scale_record(layer, self.scales[layer.name], calls[layer.name], mask)
         lookup, head = None, None
@@ -246,6 +248,17 @@ def _linear_record(layer: Layer, module: nn.Module, calls: Sequence[_Call], mask
     activations, gradients, reached = (torch.cat(part, 1) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
     places = _repeated([len(part[2][0]) for part in parts], mask)
     return LayerIO(activations=activations, output_gradients=gradients, mask=reached, bias=layer.bias, places=places)
+
+
+def _grouped_record(module: nn.Module, record: LayerIO) -> GroupedIO:
+    """From the record of patches of all channels."""
+    return GroupedIO(
+        activations=by_group(module, record.activations),
+        output_gradients=by_group(module, record.output_gradients),
+        mask=record.mask,
+        bias=record.bias,
+        places=record.places,
+    )
 
 
 def _scale_record(layer: Layer, normalized: Callable[[Tensor], Tensor], calls: Sequence[_Call], mask: Tensor) -> ScaleIO:

@@ -1,4 +1,4 @@
-"""Convolutions as linear maps of patches: what lies under the kernel at each place of the output is one input.
+"""Convolutions as linear maps of patches: what lies under the kernel at each place of the output is one input, of each group of channels its own.
 
 Grosse and Martens 2016 (arXiv 1602.01407, section 3.1): the weight's gradient is the sum over places of output gradient ⊗ patch.
 """
@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def unfolded_size(module: Any) -> int:
-    """How many numbers a patch has."""
-    return int(module.in_channels * math.prod(module.kernel_size))
+    """How many numbers a patch has, or one group's part of it."""
+    return int(module.in_channels // module.groups * math.prod(module.kernel_size))
 
 
 def patches(module: Any, inputs: Tensor) -> Tensor:
@@ -23,13 +23,17 @@ def patches(module: Any, inputs: Tensor) -> Tensor:
     if any(padding):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         inputs = functional.pad(inputs, padding, mode=mode)
-    if isinstance(module, nn.Conv1d):
-        return _unfold(inputs[:, :, None], (1, *module.kernel_size), (1, *module.stride), (1, *module.dilation))
-    return _unfold(inputs, module.kernel_size, module.stride, module.dilation)
+    dimensions = len(module.kernel_size)
+    for place, (size, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        inputs = inputs.unfold(2 + place, dilation * (size - 1) + 1, stride)[..., ::dilation]  # [N, C, …, kernel so far]
+    patch = (1, *range(2 + dimensions, 2 + 2 * dimensions))
+    ordered = inputs.permute(0, *range(2, 2 + dimensions), *patch)
+    return ordered.reshape(len(inputs), math.prod(ordered.shape[1 : 1 + dimensions]), -1)
 
 
-def _unfold(inputs: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    return functional.unfold(inputs, kernel, dilation=dilation, stride=stride).mT
+def by_group(module: Any, values: Tensor) -> Tensor:
+    """[N, T, H, …] from patches or outputs [N, T, …]: what belongs to each of the H groups of channels."""
+    return values.reshape(*values.shape[:2], int(module.groups), -1)
 
 
 def places_first(values: Tensor) -> Tensor:

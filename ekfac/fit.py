@@ -28,7 +28,7 @@ from ekfac.kronecker import (
 from ekfac.language import Loss, SequenceBatch, drawn_label_loss, sequence_weights
 from ekfac.layers import Coverage, Layer, attributable_layers
 from ekfac.projections import Split
-from ekfac.record import EmbeddingIO, LayerIO, Record
+from ekfac.record import EmbeddingIO, GroupedIO, LayerIO, Record
 
 Mask = Callable[[Any], Tensor]
 """batch → [N, T] bool, the positions that the loss reaches, or [N] bool, the sequences."""
@@ -70,7 +70,7 @@ def covariance_pass(
 
     def consume(layer: Layer, record: Record, own: Tensor | None) -> None:
         inputs, outputs = str(layer.input_name), str(layer.output_name)
-        if isinstance(record, EmbeddingIO):
+        if isinstance(record, EmbeddingIO | GroupedIO):
             totals[inputs] = feature_covariance(record, totals.get(inputs))
         elif isinstance(record, LayerIO):
             if layer.name == (layer.output_group or layer.name):

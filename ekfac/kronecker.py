@@ -5,8 +5,8 @@ layer, is approximated as (Q_G ⊗ Q_A) diag(Λ) (Q_G ⊗ Q_A)ᵀ: Q_A and Q_G a
 inputs and output gradients (K-FAC, Martens and Grosse 2015), and Λ are the second moments of per-sequence gradients along those
 axes (George et al. 2018, arXiv 1806.03884; for language models Grosse et al. 2023, arXiv 2308.03296, section 2.4).
 
-A side without eigenvectors (None) has the identity in their place: the rows of an embedding, both sides of a scale. The corrected eigenvalues are
-then second moments for every token and direction of the features, or for every single weight.
+A side without eigenvectors (None) has the identity in their place: the rows of an embedding, the outputs of grouped maps, both sides of a scale. The
+corrected eigenvalues are then second moments for every token and direction of the features, or for every single weight.
 
 Knows neither a framework nor a model nor files; see `record` for the normal form and the letters of shapes.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import array_api_compat
 
-from ekfac.record import Array, EmbeddingIO, LayerIO, Record, gradient_blocks, lookup_mask
+from ekfac.record import Array, EmbeddingIO, GroupedIO, LayerIO, Record, gradient_blocks, lookup_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +87,19 @@ def output_covariance(record: LayerIO, before: Covariance | None = None) -> Cova
     return _covariance([record.output_gradients], None, record.mask, before)
 
 
-def feature_covariance(record: EmbeddingIO, before: Covariance | None = None) -> Covariance:
+def feature_covariance(record: EmbeddingIO | GroupedIO, before: Covariance | None = None) -> Covariance:
     """Σ over counted positions of G_tᵀ G_t, with G_t [O, J] the share of position t in a table's gradient through its head and through its lookup.
 
-    That is ‖output gradient‖² x̄ x̄ᵀ for the head's inputs x̄, and g gᵀ for the gradient g of a looked-up row: [J, J], added to `before`.
+    That is ‖output gradient‖² x̄ x̄ᵀ for the head's inputs x̄, or those of each of several maps side by side, and g gᵀ for the gradient g of a looked-up
+    row: [J, J], added to `before`.
     """
     xp = array_api_compat.array_namespace(record.mask)
+    if isinstance(record, GroupedIO):
+        count, length, groups, inputs = record.activations.shape
+        norms = xp.sqrt(xp.sum(record.output_gradients**2, axis=3)) * xp.astype(record.mask, record.activations.dtype)[:, :, None]
+        norms = xp.reshape(norms, (count, length * groups, 1))
+        weighted = xp.reshape(record.activations, (count, length * groups, inputs)) * norms
+        return _covariance([weighted], norms if record.bias else None, record.mask, before)
     parts, last = [], None
     if record.head is not None:
         norms = xp.sqrt(xp.sum(record.head.output_gradients**2, axis=2))[:, :, None]

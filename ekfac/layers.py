@@ -2,8 +2,8 @@
 
 A layer is linear (`nn.Linear`, a subclass, or a Hugging Face `Conv1D`), an embedding (a table that is looked up, the model's head, or both in
 one when they are tied), or a scale (the elementwise weight and bias of a normalisation, known by what it does and not by its class). Linear too are
-convolutions, each expert's matrices in a mixture whose experts are one parameter, and a weight that a module's own code multiplies by. Whether it
-really takes part and which layers share an input is found by running the model once.
+convolutions (those with groups are linear maps side by side), each expert's matrices in a mixture whose experts are one parameter, and a weight that
+a module's own code multiplies by. Whether it really takes part and which layers share an input is found by running the model once.
 
 A model made under torch's `FakeTensorMode`, whose tensors have shapes and no values, is judged alike, by trying copies of its modules on
 made-up values.
@@ -38,7 +38,7 @@ class Layer:
     """An attributed layer: its modules' names and the shape [outputs, inputs (+ 1)] of its gradient."""
 
     name: str
-    kind: Literal["linear", "embedding", "scale"]
+    kind: Literal["linear", "embedding", "scale", "grouped"]
     inputs: int
     outputs: int
     """Of an embedding, the number of its rows."""
@@ -87,7 +87,8 @@ class Layer:
     @property
     def input_name(self) -> str | None:
         """Under which name the input covariance and eigenbasis stand, which layers with one input share; None where there are none."""
-        return {"linear": f"input:{self.input_group}", "embedding": f"features:{self.name}", "scale": None}[self.kind]
+        features = f"features:{self.name}"
+        return {"linear": f"input:{self.input_group}", "embedding": features, "grouped": features, "scale": None}[self.kind]
 
     @property
     def output_name(self) -> str | None:
@@ -162,7 +163,8 @@ def attributable_layers(
         raise ValueError("the model has no layer that can be attributed: linear, embedding or scale, called in a forward pass")
     chosen = [layer for layer in layers if matches(layer, patterns)]
     kept = {name for layer in chosen for name in layer.modules}
-    excluded |= {name: "not selected by the layer patterns" for layer in layers if layer not in chosen for name in layer.known_as}
+    left = [layer for layer in layers if not matches(layer, patterns)]
+    excluded |= {name: "not selected by the layer patterns" for layer in left for name in layer.known_as}
     return Coverage(
         layers=_grouped(chosen, calls),
         attributed=sum(layer.shape[0] * layer.shape[1] for layer in chosen),
@@ -401,12 +403,12 @@ def _experts(name: str, module: nn.Module, matrices: tuple[Matrix, Matrix], call
 
 
 def _convolution(name: str, module: Any) -> Layer | str:
-    if module.groups != 1:
-        return f"{type(module).__name__}: its channels are in {module.groups} groups"
     inputs, outputs, bias = unfolded_size(module), int(module.out_channels), module.bias is not None
-    if max(inputs + bias, outputs) > MAX_FACTOR_SIZE:
-        return f"a covariance of {max(inputs + bias, outputs):,} × {max(inputs + bias, outputs):,} would be needed"
-    return Layer(name=name, kind="linear", inputs=inputs, outputs=outputs, bias=bias, input_group=name, modules=(name,))
+    widest = max(inputs + bias, outputs if module.groups == 1 else 0)
+    if widest > MAX_FACTOR_SIZE:
+        return f"a covariance of {widest:,} × {widest:,} would be needed"
+    kind: Literal["linear", "grouped"] = "linear" if module.groups == 1 else "grouped"
+    return Layer(name=name, kind=kind, inputs=inputs, outputs=outputs, bias=bias, input_group=name, modules=(name,))
 
 
 def _with_values(module: nn.Module, call: _Call) -> tuple[nn.Module, _Call]:

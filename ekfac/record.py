@@ -1,12 +1,13 @@
 """The normal form of what a layer saw: its inputs and the gradients at its outputs.
 
 Everything after capture is written once, for this form, in array operations that NumPy, torch and JAX share. This module
-knows no framework and no model. There are three kinds of layers, and whatever the kind, the gradient of one sequence is a matrix [O, J]:
+knows no framework and no model. There are four kinds of layers, and whatever the kind, the gradient of one sequence is a matrix [O, J]:
 
     linear      weight and bias of a linear map: `LayerIO`
     embedding   a table with one row a token (or position), looked up, or multiplied by as the model's head, or both when these are tied:
                 `EmbeddingIO`
     scale       the elementwise weight and bias of a normalisation: `ScaleIO`
+    grouped     several linear maps of equal shape side by side, each with inputs and outputs of its own, as in a convolution with groups: `GroupedIO`
 
 Shapes here and in the other modules of this package: N sequences, T positions, I inputs of a layer (without the bias), J = I, or
 I + 1 with a bias, O outputs (rows of a table), Q queries.
@@ -110,7 +111,21 @@ class ScaleIO:
     places: Places | None = None
 
 
-Record: TypeAlias = LayerIO | EmbeddingIO | ScaleIO
+@dataclass(frozen=True, kw_only=True)
+class GroupedIO:
+    """The record of H linear maps side by side, each from inputs of its own to P outputs.
+
+    The gradient [O = H·P, J] has the rows of one map after those of another; each is the sum over positions of `output_gradient ⊗ (activation, 1)`.
+    """
+
+    activations: Array  # [N, T, H, I]
+    output_gradients: Array  # [N, T, H, P]
+    mask: Array  # [N, T] bool
+    bias: bool
+    places: Places | None = None
+
+
+Record: TypeAlias = LayerIO | EmbeddingIO | ScaleIO | GroupedIO
 
 
 def apply_to_inputs(record: LayerIO, matrix: Array) -> Array:
@@ -137,6 +152,10 @@ def gradient_blocks(
     elif isinstance(record, EmbeddingIO):
         assert output_vectors is None, "the rows of a table are not rotated"
         yield from _table_blocks(record, input_vectors)
+    elif isinstance(record, GroupedIO):
+        assert output_vectors is None, "the outputs of maps side by side are not rotated"
+        gradients = _grouped_gradients(record)
+        yield slice(None), gradients if input_vectors is None else gradients @ input_vectors
     else:
         assert input_vectors is output_vectors is None, "a scale is not rotated"
         yield slice(None), _scale_gradients(record)
@@ -258,6 +277,16 @@ def _scale_gradients(record: ScaleIO) -> Array:
     return xp.stack([weight, xp.sum(record.output_gradients, axis=(1, 2))], axis=2) if record.bias else weight[:, :, None]
 
 
+def _grouped_gradients(record: GroupedIO) -> Array:
+    """[N, H·P, J]."""
+    xp = array_api_compat.array_namespace(record.activations)
+    gradients = xp.permute_dims(record.output_gradients, (0, 2, 3, 1))
+    found = gradients @ xp.permute_dims(record.activations, (0, 2, 1, 3))
+    if record.bias:
+        found = xp.concat([found, xp.sum(gradients, axis=3)[:, :, :, None]], axis=3)
+    return xp.reshape(found, (found.shape[0], found.shape[1] * found.shape[2], found.shape[3]))
+
+
 def sequence_gradients(record: Record) -> Array:
     """Each sequence's exact gradient [N, O, J], summed over its positions, whole: N·O·J numbers."""
     xp = array_api_compat.array_namespace(record.mask)
@@ -277,6 +306,13 @@ def as_one_sequence(record: Record) -> Record:
     """
     if isinstance(record, LayerIO):
         return _linear_as_one(record)
+    if isinstance(record, GroupedIO):
+        return GroupedIO(
+            activations=_joined(record.activations),
+            output_gradients=_joined(record.output_gradients),
+            mask=_joined(record.mask),
+            bias=record.bias,
+        )
     if isinstance(record, ScaleIO):
         return ScaleIO(
             normalized=_joined(record.normalized),
@@ -327,6 +363,13 @@ def position_inner_products(record: Record, vector: Array) -> Array:
     xp = array_api_compat.array_namespace(vector)
     if isinstance(record, LayerIO):
         return _placed(xp.sum(record.output_gradients * apply_to_inputs(record, xp.matrix_transpose(vector)), axis=-1), record.places)
+    if isinstance(record, GroupedIO):
+        matrices = xp.reshape(vector, (*record.output_gradients.shape[2:], vector.shape[1]))  # [H, P, J]
+        weights = xp.matrix_transpose(matrices[:, :, :-1] if record.bias else matrices)
+        values = xp.matmul(record.activations[:, :, :, None, :], weights)[:, :, :, 0, :]
+        return _placed(
+            xp.sum(record.output_gradients * (values + matrices[:, :, -1] if record.bias else values), axis=(2, 3)), record.places
+        )
     if isinstance(record, ScaleIO):
         values = record.normalized * vector[:, 0] + (vector[:, 1] if record.bias else 0)
         return _placed(xp.sum(record.output_gradients * values, axis=(2, 3)), record.places)

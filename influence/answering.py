@@ -460,7 +460,8 @@ def _names(asked: list[_Asked]) -> list[str]:
 
 def _coverage(asked: _Asked) -> dict[str, Any]:
     covered, chosen = asked.run.coverage, asked.attributed.layers
-    left_out = {name: "not selected by the query" for layer in covered.layers if layer not in chosen for name in layer.known_as}
+    asked_for = {layer.name for layer in chosen}
+    left_out = {name: "not selected by the query" for layer in covered.layers if layer.name not in asked_for for name in layer.known_as}
     return {
         "parameters_attributed": sum(layer.shape[0] * layer.shape[1] for layer in chosen) / covered.total,
         "excluded": covered.excluded | left_out,

@@ -4,7 +4,7 @@ What a batch costs is estimated from the shapes of model and layers alone, so th
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -140,12 +140,27 @@ def factor_bytes(layers: Sequence[Layer]) -> int:
 def _factor_bytes(layer: Layer, held: set[str]) -> int:
     """What the layer adds to those that share a side with it, whose names are in `held`, to which it adds its own."""
     outputs, inputs = layer.shape
-    sizes = {"linear": {layer.output_name: outputs, layer.input_name: inputs}, "embedding": {layer.input_name: inputs}, "scale": {}}[
-        layer.kind
-    ]
+    sizes = {
+        "linear": {layer.output_name: outputs, layer.input_name: inputs},
+        "embedding": {layer.input_name: inputs},
+        "grouped": {layer.input_name: inputs},
+        "scale": {},
+    }[layer.kind]
     square = sum(size**2 for name, size in sizes.items() if name not in held)
     held |= {str(name) for name in sizes} if layer.is_block else set()
     return 20 * outputs * inputs + 8 * square
+
+
+def covariance_sizes(layers: Iterable[Layer]) -> dict[str, int]:
+    """The size of every covariance, by the names that layers give them; what several layers share is there once."""
+    sizes = {}
+    for layer in layers:
+        outputs, inputs = layer.shape
+        if layer.input_name:
+            sizes[layer.input_name] = inputs
+        if layer.output_name:
+            sizes[layer.output_name] = outputs
+    return sizes
 
 
 def queries_at_once(budget: BatchBudget, layers: Sequence[Layer], copies: int = 1) -> int:
@@ -161,7 +176,12 @@ def queries_at_once(budget: BatchBudget, layers: Sequence[Layer], copies: int = 
 def _numbers_per_token(layer: Layer) -> int:
     """Of its record and its rotation; of an expert, on average over the tokens."""
     outputs, inputs = layer.unshared if layer.is_block else (layer.outputs, layer.inputs)
-    numbers = {"linear": inputs + 3 * outputs, "embedding": 4 * layer.inputs, "scale": 4 * layer.outputs}[layer.kind]
+    numbers = {
+        "linear": inputs + 3 * outputs,
+        "embedding": 4 * layer.inputs,
+        "grouped": layer.shape[0] * layer.shape[1],
+        "scale": 4 * layer.outputs,
+    }[layer.kind]
     return math.ceil(layer.routed * numbers)
 
 

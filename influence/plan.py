@@ -7,7 +7,7 @@ Arithmetic alone: it loads no weights, reads no data and measures nothing. Lette
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from influence.batches import (
     BatchBudget,
     MemoryUse,
     budget_beside,
+    covariance_sizes,
     factor_bytes,
     layer_groups,
     memory_use,
@@ -534,18 +535,6 @@ class _Costs:
         """The numbers of the largest layer whose gradients are whole because they, not its tokens, are rotated on the side of the outputs."""
         linear = (layer.shape for layer in self.layers if layer.kind == "linear")
         return max((outputs * inputs for outputs, inputs in linear if self.tokens >= inputs), default=0)
-
-
-def covariance_sizes(layers: Iterable[Layer]) -> dict[str, int]:
-    """The size of every covariance, by the names that layers give them; what several layers share is there once."""
-    sizes = {}
-    for layer in layers:
-        outputs, inputs = layer.shape
-        if layer.input_name:
-            sizes[layer.input_name] = inputs
-        if layer.output_name:
-            sizes[layer.output_name] = outputs
-    return sizes
 
 
 def largest_batch(budget: BatchBudget, tokens: int, sequences: int) -> int:

@@ -19,7 +19,7 @@ from influence import artifacts, optimizer_state
 from influence.answering import QueryOptions, answer, answer_both_ends
 from influence.artifacts import appended_fingerprint
 from influence.attribution import AttributedModel, Parts, scan
-from influence.batches import batch_budget, layer_groups, model_memory
+from influence.batches import batch_budget, covariance_sizes, layer_groups, model_memory
 from influence.config import DataConfig, FactorsConfig, IndexConfig, ModelConfig, absolute
 from influence.directions import Reduction, direction, read_direction
 from influence.documents import read_documents
@@ -191,6 +191,11 @@ class Run:
         return artifacts.read_layers(self.path_of("layers"))
 
     @cached_property
+    def covariance_sizes(self) -> dict[str, int]:
+        """The dimension of every covariance, by name."""
+        return covariance_sizes(self.coverage.layers)
+
+    @cached_property
     def layer_groups(self) -> list[tuple[Layer, ...]]:
         """The layers, as many at a time as have factors that fit into the memory budget together."""
         loaded = self.language_model
@@ -221,7 +226,8 @@ class Run:
     def parts(self, attributed: AttributedModel | None = None) -> list[AttributedModel]:
         """The model with the layers of each group, of those in `attributed` (all when left out). Their factors are loaded by `factors_of`."""
         everything = attributed or self.attributed
-        groups = [tuple(layer for layer in group if layer in everything.layers) for group in self.layer_groups]
+        wanted = {layer.name for layer in everything.layers}  # there may be thousands, of experts
+        groups = [tuple(layer for layer in group if layer.name in wanted) for group in self.layer_groups]
         return [replace(everything, layers=group) for group in groups if group]
 
     def eigenvectors_of(self, layers: Sequence[Layer]) -> dict[str, torch.Tensor]:

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from influence.batches import covariance_sizes
 from influence.calibration import Rates, measure, rates_of
 from influence.config import Config, load_config
 from influence.data_size import DataSize, assumed, resized, sampled
 from influence.errors import RequestError
 from influence.model import find_layers, load_tokenizer, longest_sequence, model_without_weights
-from influence.plan import ModelShape, Plan, covariance_sizes, model_shape, size_text
+from influence.plan import ModelShape, Plan, model_shape, size_text
 from influence.plan import plan as planned
 from jobs.options import Debug, Json
 

@@ -144,7 +144,7 @@ def _shards(run: Run) -> Sequence[str]:
 
 
 def _covariance_names(run: Run) -> Sequence[str]:
-    return sorted({name for layer in run.coverage.layers for name in (layer.input_name, layer.output_name) if name})
+    return sorted(run.covariance_sizes)
 
 
 def _shard_number(unit: str) -> int:
@@ -219,12 +219,7 @@ def _covariances(run: Run, _: Config, unit: str) -> Write:
 
 def _eigenbasis_size(run: Run, unit: str) -> float:
     """The cube of its dimension."""
-    sides = {
-        name: side
-        for layer in run.coverage.layers
-        for name, side in ((layer.input_name, layer.shape[1]), (layer.output_name, layer.outputs))
-    }
-    return float(sides[unit]) ** 3
+    return float(run.covariance_sizes[unit]) ** 3
 
 
 def _eigenbasis(run: Run, _: Config, unit: str) -> Write:

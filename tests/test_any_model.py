@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import padded_batch, tiny_model
@@ -15,12 +16,16 @@ from transformers import AlbertConfig, AlbertModel, BertConfig, BertForSequenceC
 from ekfac import (
     Coverage,
     EmbeddingIO,
+    GroupedIO,
     Layer,
     LayerIO,
     Record,
+    as_one_sequence,
     attributable_layers,
     capture,
     fit,
+    inner_products,
+    position_inner_products,
     sequence_gradients,
     true_label_loss,
 )
@@ -162,10 +167,53 @@ def test_convolutions() -> None:
     assert factors["first"].eigenvalues.shape == (3, 2 * 3 * 2 + 1)
 
 
-def test_grouped_convolutions_are_left_out_with_the_reason() -> None:
-    model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(12, 2))
-    coverage = attributable_layers(model, lambda m: m(torch.ones(2, 4, 5)))
-    assert coverage.excluded == {"0": "Conv1d: its channels are in 2 groups"}
+class Films(nn.Module):
+    """Convolutions with groups in one, two and three dimensions, one of them of each channel by itself and called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.film = nn.Conv3d(2, 4, (2, 3, 2), stride=(1, 2, 1), padding=(1, 0, 1), dilation=(2, 1, 1))
+        self.film_groups = nn.Conv3d(4, 6, (1, 2, 2), groups=2, bias=False, padding_mode="replicate", padding=(0, 1, 0))
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6, padding="same")
+        self.line = nn.Conv1d(6, 9, 2, groups=3, stride=2)
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.film_groups(torch.sin(self.film(x)))).sum(2)
+        x = torch.tanh(self.depthwise(torch.sin(self.depthwise(x))))
+        return self.head(torch.sin(self.line(x.flatten(2))).mean(2))
+
+
+def test_convolutions_with_groups_and_in_three_dimensions() -> None:
+    """(G + λI)⁻¹ of a layer with groups is one-sided: eigenvectors of its patches, weighted by ‖output gradient‖², the identity over its outputs."""
+    model = enlarged(Films)
+    generator = torch.Generator().manual_seed(0)
+    batch = {"x": torch.randn((5, 2, 4, 5, 4), dtype=torch.float64, generator=generator), "y": torch.arange(5) % 3}
+    every = torch.ones(5, dtype=torch.bool)
+    coverage = attributable_layers(model, lambda m: labelled(m, batch), positions=(5,))
+    assert coverage.attributed == coverage.total
+    records = assert_gradients_equal_autograd(model, coverage, labelled, batch, every)
+    factors, _ = fit(model, [batch], loss=labelled, mask=lambda _: every)
+    for name in ("film_groups", "depthwise", "line"):
+        layer, record = next(layer for layer in coverage.layers if layer.name == name), records[name]
+        assert isinstance(record, GroupedIO)
+        gradients, vector = sequence_gradients(record), torch.randn(layer.shape, dtype=torch.float64, generator=generator)
+        torch.testing.assert_close(position_inner_products(record, vector).sum(1), torch.einsum("noj,oj->n", gradients, vector))
+        torch.testing.assert_close(inner_products(record, vector[None])[0], torch.einsum("noj,oj->n", gradients, vector))
+        torch.testing.assert_close(sequence_gradients(as_one_sequence(record))[0], gradients.sum(0))
+        inputs = record.activations.numpy()
+        inputs = np.concatenate([inputs, np.ones_like(inputs[..., :1])], -1) if record.bias else inputs
+        shares = np.einsum("nthp,nthj->nthpj", record.output_gradients.numpy(), inputs).reshape(-1, layer.shape[1])
+        axes, factor = factors[name].input_vectors.numpy(), factors[name]
+        assert factor.output_vectors is None
+        rotated = axes.T @ (shares.T @ shares) @ axes
+        np.testing.assert_allclose(axes.T @ axes, np.eye(len(axes)), atol=1e-9)
+        np.testing.assert_allclose(rotated, np.diag(np.diag(rotated)), atol=1e-9 * rotated.max())
+        dense = np.kron(np.eye(layer.outputs), axes)
+        moments = np.mean((gradients.flatten(1).numpy() @ dense) ** 2, axis=0)
+        curvature = dense @ np.diag(moments) @ dense.T + 0.1 * moments.mean() * np.eye(len(dense))
+        expected = np.linalg.solve(curvature, vector.flatten().numpy()).reshape(layer.shape)
+        np.testing.assert_allclose(factor.precondition(vector).numpy(), expected, rtol=1e-6, atol=1e-9 * abs(expected).max())
 
 
 def test_torch_transformer_layers_are_seen_although_they_have_a_shortcut_for_evaluation() -> None:

@@ -7,23 +7,25 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from conftest import tiny_model
-from small_run import POSITIONS, Influence, World, command, write_yaml
+from peft import LoraConfig, get_peft_model
+from small_run import POSITIONS, Influence, World, command, tokenizer, write_yaml
 from torch import nn
-from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from ekfac import Coverage
+from influence.adapters import quantization_state
 from influence.batches import batch_budget, in_batches, model_memory
 from influence.calibration import Rates, measure, rates_of
 from influence.config import ModelConfig, load_config
 from influence.data_size import SAMPLED_DOCUMENTS, assumed, sampled
 from influence.documents import count_documents, read_documents
 from influence.errors import RequestError
-from influence.model import find_layers, load_tokenizer, model_without_weights
+from influence.model import find_layers, load_model, load_tokenizer, model_without_weights
 from influence.plan import Plan, largest_batch, model_shape, plan
 from influence.run import Run
 
@@ -53,6 +55,27 @@ def test_layers_found_without_weights_are_those_of_the_model(architecture: str, 
 def test_layers_found_without_weights_are_those_of_a_model_with_experts(tmp_path: Path) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     same_layers(MixtralForCausalLM(MixtralConfig(vocab_size=23, **sizes)).eval(), tmp_path / "model")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # between peft and transformers
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_a_quantized_base_is_counted_at_its_size(quantize: Literal["8bit", "4bit"], tmp_path: Path) -> None:
+    """Its parameters, and the scales that belong to them, which are no parameters."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=POSITIONS, **sizes))
+    base.save_pretrained(tmp_path / "model")
+    tokenizer(["some words"]).save_pretrained(tmp_path / "model")
+    adapted = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = ModelConfig(name=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), quantize=quantize)
+    described = model_without_weights(config)
+    shape = model_shape(described, find_layers(described, ["*"]), quantize)
+    loaded = load_model(config).model
+    scales = quantization_state(loaded)
+    parts = [*loaded.parameters(), *(value for name, value in scales.items() if name.endswith((".SCB", ".absmax")))]
+    assert shape.parameter_bytes == sum(part.numel() * part.element_size() for part in parts)
+    whole = model_shape(described, find_layers(described, ["*"]))
+    assert shape.parameter_bytes < 0.6 * whole.parameter_bytes
 
 
 def planned(influence: Influence, world: World, tmp_path: Path, *options: object, **changes: Any) -> dict[str, Any]:

@@ -51,10 +51,9 @@ from ekfac import (
 )
 from ekfac.parameters import as_parameters, as_vectors
 from ekfac.projections import Split, numbers
-from influence.batches import factor_bytes, layer_groups, model_memory
+from influence.batches import covariance_sizes, factor_bytes, layer_groups, model_memory
 from influence.config import ModelConfig
 from influence.model import find_layers, model_without_weights
-from influence.plan import covariance_sizes
 from influence.refinement import RefineOptions
 from influence.run import Run
 
