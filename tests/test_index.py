@@ -392,6 +392,32 @@ def test_layers_left_out_of_a_query_do_not_count() -> None:
     assert np.abs(row[inside]).max() > 0
 
 
+def test_each_layers_range_estimates_the_layers_own_score() -> None:
+    """Rows of queries that hold one layer, against Σ Λ/(Λ+λ) q x over that layer's whitened coordinates; over many seeds, without bias."""
+    model, batch = tiny_model("gpt2"), padded_batch()
+    factors, coverage = fit(model, [batch])
+    generator = torch.Generator().manual_seed(0)
+    left = {layer.name: torch.randn(1, *layer.shape, generator=generator, dtype=torch.float64) for layer in coverage.layers}
+    right = {name: query + torch.randn(query.shape, generator=generator, dtype=torch.float64) for name, query in left.items()}
+    weights, estimates, wholes = {name: f.row_weight() for name, f in factors.items()}, [], []
+    for seed in range(40):
+        spec = feature_spec(coverage.layers, weights, 200, seed=seed)
+        signs = spreaders(spec, factors)
+        row = query_rows(right, spec, signs)[0].astype(np.float64)
+        alone = [query_rows({name: query}, spec, signs)[0] for name, query in left.items()]
+        estimates.append([float(own @ row) for own in alone])
+        wholes.append(float(query_rows(left, spec, signs)[0] @ row))
+    np.testing.assert_allclose(np.sum(estimates, axis=1), wholes, rtol=1e-5, atol=1e-5 * np.abs(wholes).max())  # rows are float32
+    widths = {place.name: place.width for place in spec.layers}
+    for place, name in enumerate(left):
+        factor, own = factors[name], np.array(estimates)[:, place]
+        kept = torch.ones_like(factor.eigenvalues) if widths[name] == left[name].numel() else factor.retained()
+        exact = float((left[name] * right[name] * kept * factor.inverse()).sum())
+        error = np.std(own) / np.sqrt(len(own)) + 1e-5 * abs(exact)
+        assert abs(own.mean() - exact) < 4.5 * error, name
+    assert any(widths[name] < query.numel() for name, query in left.items())
+
+
 @pytest.mark.skipif(faiss.get_num_gpus() == 0, reason="FAISS sees no GPU")
 def test_gpu_sketch_finds_what_whole_rows_would() -> None:
     rows, queries = shards_of(heavy_tailed_rows(500, 64), [500]), some_queries(7, 64)
