@@ -527,6 +527,8 @@ def _grouped(layers: list[Layer], calls: dict[str, list[_Call]]) -> tuple[Layer,
 
 def layer_device(model: nn.Module, layer: Layer) -> torch.device:
     """Where the layer's parameters are; all of a model's, unless it was placed on several devices."""
+    if isinstance(model, Backend):  # whose layers need not be modules
+        return model.get_parameter(model.parameter_names(layer)[0]).device
     return next(model.get_submodule(layer.modules[0]).parameters()).device
 
 

@@ -22,12 +22,12 @@ import numpy as np
 import optax
 
 from influence.config import load_config
+from influence.evaluation.recall import Recall, numbers_by_id, planted_in, recall
 from influence.jax_model import save_flax_model
 from influence.run import Run
 from influence.solving import solved
 from jobs.demo.facts import Question, questions, statements
 from jobs.demo.model import train_tokenizer
-from jobs.demo.run import figures
 from jobs.demo.text import library_passages
 from jobs.driver import run_all
 
@@ -112,14 +112,15 @@ def _batches(count: int, size: int, epochs: int, seed: int) -> Iterator[np.ndarr
         yield from order[: count // size * size].reshape(-1, size)
 
 
-def ask(run: Run, asked: Sequence[Question]) -> dict[str, dict[str, float]]:
+def ask(run: Run, asked: Sequence[Question]) -> dict[str, Recall]:
     """How well the sequences that state a fact are found, by an exact scan with EK-FAC, normalized, and by words."""
     measurements = [run.measure(one.prompt, one.completion) for one in asked]
     vectors = solved(run, run.attributed, measurements, None).vectors
+    numbers = numbers_by_id(run.store.ids, run.store.documents)
+    planted = [planted_in({"states": sorted(one.proponents)}, one.id, numbers) for one in asked]
+    lexical = np.array([run.lexical.scores(one.prompt + one.completion, len(run.store)) for one in asked])
     scores = run.exact_scores(vectors, len(asked)) * run.normalizing_weights
-    lexical = [run.lexical.scores(one.prompt + one.completion, len(run.store)) for one in asked]
-    documents = [sequence.document for sequence in run.store]
-    return {"EK-FAC, normalized": figures(list(scores), asked, documents), "BM25": figures(lexical, asked, documents)}
+    return {"EK-FAC, normalized": recall(scores, planted), "BM25": recall(lexical, planted)}
 
 
 def main() -> None:
@@ -154,7 +155,8 @@ def main() -> None:
         asked = [one for one in questions() if one.kind == kind][: given.questions]
         for name, found in ask(run, asked).items():
             print(
-                f"{kind} questions by {name}: states it first {found['first']:.0%}, MRR {found['mrr']:.3f}, median rank {found['median_rank']:.0f}"
+                f"{kind} questions by {name}: states it first {found.first.value:.0%}, MRR {found.reciprocal_rank.value:.3f}, "
+                f"median rank {found.median_rank:.0f}"
             )
 
 

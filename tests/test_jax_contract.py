@@ -28,6 +28,7 @@ from ekfac import (
     capture,
     fit,
     gauss_newton_product,
+    layer_device,
     sequence_gradients,
     token_loss_derivatives,
     true_label_loss,
@@ -190,6 +191,10 @@ def test_parameters_and_vectors_are_two_forms_of_the_same(model: nn.Module) -> N
     back = as_parameters(model, layers, own)
     assert set(back) == {name for name, _ in model.named_parameters()}
     assert all(torch.equal(back[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_every_layer_has_a_device(model: nn.Module) -> None:
+    assert {layer_device(model, layer) for layer in layers_of(model)} == {torch.device("cpu")}
 
 
 @pytest.mark.parametrize("reduce", ["mean", "last", "max"])
