@@ -43,7 +43,8 @@ def appended_fingerprint(prints: Mapping[str, str], data: str) -> str:
 
 
 def write_layers(directory: Path, coverage: Coverage) -> None:
-    content = {**asdict(coverage), "layers": [asdict(layer) for layer in coverage.layers]}
+    layers = [{key: value for key, value in asdict(layer).items() if value is not None} for layer in coverage.layers]
+    content = {**asdict(coverage), "layers": layers}
     (directory / "layers.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
