@@ -101,6 +101,7 @@ class Run:
         self._opened_with = self.directory.living  # what is appended later is seen when the run is opened again
         self.appended = self._opened_with.appended
         self._loaded: PartFactors | None = None
+        self._checked: dict[str, dict[str, Path]] = {}
         self._hash_orders: dict[int, NDArray[np.int64]] = {}
 
     def path_of(self, stage: str, unit: str = "all", fingerprint: str | None = None) -> Path:
@@ -112,6 +113,14 @@ class Run:
                 raise RequestError(f"{self.directory} is damaged: {stage}/{unit}, which was appended, is missing; restore it from a copy")
             raise RequestError(f"{self.directory} is not finished: {stage}/{unit} is missing; `influence run` goes on where it stopped")
         return self.directory.unit_path(stage, unit)
+
+    def checked_paths(self, stage: str, units: Sequence[str]) -> list[Path]:
+        """Where the units' files are. That they are whole is checked once: a check looks at every file, and every layer has one."""
+        known = self._checked.get(stage)
+        if known is None or known.keys() != set(units):
+            self.directory.bring(stage, units)
+            known = self._checked[stage] = {unit: self.path_of(stage, unit) for unit in units}
+        return list(known.values())
 
     def _changed(self) -> RequestError:
         return RequestError(f"{self.directory} was changed since it was opened: open it again")

@@ -223,8 +223,7 @@ def _eigenbasis_size(run: Run, unit: str) -> float:
 
 
 def _eigenbasis(run: Run, _: Config, unit: str) -> Write:
-    run.directory.bring("covariances", _fit_units(run))
-    parts = (read_covariance(run.path_of("covariances", group), unit) for group in _fit_units(run))
+    parts = (read_covariance(path, unit) for path in run.checked_paths("covariances", _fit_units(run)))
     total: Covariance = reduce(add, (part for part in parts if part is not None))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "float64" if run.model_config.dtype == "float64" else "float32"
@@ -249,7 +248,7 @@ def _factors(run: Run, config: Config, _: str) -> Write:
 
     def factors() -> Iterator[tuple[str, LayerFactors]]:
         for layer in run.coverage.layers:
-            sums = (read_eigenvalues(run.path_of("eigenvalues", group), layer.name) for group in _fit_units(run))
+            sums = (read_eigenvalues(path, layer.name) for path in run.checked_paths("eigenvalues", _fit_units(run)))
             total: EigenvalueSum = reduce(add, (part for part in sums if part is not None))
             yield layer.name, layer_factors(None, None, total, damping, dtype)  # eigenvectors have files of their own
 
