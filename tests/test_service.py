@@ -535,7 +535,7 @@ def test_a_state_directory_that_cannot_be_written_is_told_and_quick_queries_are_
         store._rows(f"PRAGMA max_page_count = {pages}")
         found = [ask(http, k=k, completion=f" the Tagus and more of it {k}") for k in (1, 2, 3)]
         assert {answer.status_code for answer in found} == {200}
-        refused = [ask(http, exact=True, k=k, prompt="Lisbon " * 500) for k in (1, 2)]
+        refused = [ask(http, exact=True, k=k, prompt="Lisbon " * 3_000) for k in (1, 2)]
         assert {(one.status_code, one.json()["error"]["code"], one.headers["retry-after"]) for one in refused} == {
             (503, "unavailable", "30")
         }
