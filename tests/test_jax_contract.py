@@ -284,7 +284,7 @@ def test_the_proximal_bregman_response_is_that_of_torch(model: nn.Module, oracle
         factors, coverage = fit(one, [batch()], layers=MLP)
         damping = {name: factor.damping for name, factor in factors.items()}
         problem = in_float64(one, coverage.layers, factors, damping, some, len(some))
-        found = response(problem, some[0], [asked(sequence) for sequence in some[:2]], most_steps=20)
+        found = response(problem, some[0], [asked(sequence) for sequence in some[:2]], most_steps=10)
         changes.append(found.changes)
     assert abs(changes[0]).max() > 1e-4
     np.testing.assert_allclose(changes[0], changes[1], rtol=1e-4, atol=1e-8)

@@ -1,27 +1,23 @@
 """What is asked of a finished run gives for a Flax model what it gives for the torch model of the same weights; scores to 1e-3 of the largest."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import flax_twins
-import httpx
 import numpy as np
 import pytest
 import torch
 from flax.traverse_util import unflatten_dict
 from flax_twins import CODE, finished_twin, flax_parameters, quick_compilation
-from served import application
-from small_run import Influence, World, artifacts, documents, model, run_pipeline, write_jsonl, write_yaml
+from small_run import Influence, World, documents, model, write_jsonl, write_yaml
 from transformers import AutoTokenizer
 
 from influence.evaluation.recipe import read_recipe
 from influence.evaluation.retraining import fine_tuned, query_losses
 from influence.jax_model import CODE_VARIABLE, save_flax_model
 from influence.run import Run, open_run
-from influence.service import ServiceSettings
 from jobs.living import append
 
 QUERIES = [{"id": "pair", "prompt": "Lisbon lies on", "completion": " the Tagus."}, {"id": "text", "text": "Oslo lies on the Aker."}]
@@ -113,33 +109,10 @@ def test_a_tail_patch_and_the_removal_of_the_first(
 
 
 @pytest.mark.slow
-def test_the_proximal_bregman_response_and_the_data_model_score(
-    influence: Influence, copies: list[Path], twin_world: World, queries: Path, tmp_path: Path
-) -> None:
-    words = ("pbrf", "--queries", queries, "--copies", 3, "--refine-steps", 3, "--json")
-    found, expected = (influence("evaluate", run, *words).json for run in copies)
-    assert found["copied"] == expected["copied"]
-    close(found["changes"], expected["changes"], share=1e-2)
-    directory = Path(shutil.copytree(twin_world.model, tmp_path / "base"))
-    base = model(320, seed=1)
-    save_flax_model(directory, unflatten_dict(flax_parameters(base), sep="."), base.config.to_dict())
-    words = ("lds", "--queries", queries, "--retrain", "--base", directory, "--epochs", 1, "--subsets", 4, "--seeds", 1, "--json")
-    assert len(influence("evaluate", copies[0], *words).json["methods"]) >= 2
-
-
-@pytest.mark.slow
 def test_the_health_of_the_training_set(twin: Run, finished: Path) -> None:
     found, expected = twin.health(), open_run(finished).health()
     for name in ("influence", "self_influence"):
         close(found.columns[name], expected.columns[name])
-
-
-@pytest.mark.slow
-def test_layers_in_groups_give_the_same_answer(twin: Run) -> None:
-    divided = Run(twin.directory.path, flax=CODE, memory_budget=850_000)
-    assert len(divided.layer_groups) >= 3
-    one, other = (run.query("Lisbon lies on", " the Tagus.", k=len(run.store), exact=True).scores() for run in (twin, divided))
-    close([other[name] for name in one], list(one.values()))
 
 
 @pytest.mark.slow
@@ -151,26 +124,3 @@ def test_appended_texts_get_the_scores_of_their_originals(copies: list[Path], tm
     new = {name.removeprefix("new-"): score for name, score in scores.items() if name.startswith("new-")}
     assert len(new) >= 6
     close(list(new.values()), [scores[name] for name in new])
-
-
-@pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(copies: list[Path], twin_world: World) -> None:
-    before = artifacts(copies[0])
-    for unit in ("rows/part-00001", "eigenvalues", "fidelity"):
-        shutil.rmtree(copies[0] / unit)
-    run_pipeline(twin_world.settings(copies[0], model={"name": str(twin_world.model), "flax": CODE}))
-    assert artifacts(copies[0]) == before
-
-
-@pytest.mark.slow
-def test_the_service_and_the_report_say_what_python_says(influence: Influence, twin: Run, tmp_path: Path) -> None:
-    expected = twin.query("Lisbon lies on", " the Tagus.", k=3)
-    with application(ServiceSettings(runs={"flax": str(twin.directory.path)}, state_dir=tmp_path / "state")) as url:
-        body = {"prompt": "Lisbon lies on", "completion": " the Tagus.", "k": 3}
-        found = httpx.post(f"{url}/v1/runs/flax/queries", json=body, timeout=120).json()
-    assert [one["id"] for one in found["results"]] == [one.id for one in expected.sequences]
-    close([one["score"] for one in found["results"]], [one.score for one in expected.sequences])
-    page = tmp_path / "report.html"
-    influence("report", twin.directory.path, "Lisbon lies on", " the Tagus.", "--out", page)
-    assert expected.sequences[0].id in page.read_text()
-    assert json.dumps(expected.to_json())
