@@ -155,11 +155,11 @@ class JaxModel(Backend):
         logits, weights = self._of_weights(parameters, inputs, list(tangents))
         values, change = jax.linearize(logits, weights)
         pull = jax.linear_transpose(change, weights)
-        probabilities = jax.nn.softmax(values) * predicting[:, :, None]
+        probabilities, weight = jax.nn.softmax(values), predicting[:, :, None]
 
         def product(tangent: Parameters) -> Any:
             changed = change(tangent)
-            return pull(probabilities * (changed - (probabilities * changed).sum(-1, keepdims=True)))[0]
+            return pull(weight * probabilities * (changed - (probabilities * changed).sum(-1, keepdims=True)))[0]
 
         return jax.vmap(product)(tangents)
 
