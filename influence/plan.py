@@ -73,7 +73,7 @@ INDEX_SECONDS, SEARCH_SECONDS = 1.0, 2.5e-7
 MOST_MAPPED_FILES = 65_530
 """Linux lets a process map so many (vm.max_map_count), and every shard's rows are one."""
 
-RECORD_BYTES, LAYER_BYTES = 360, 325
+RECORD_BYTES, LAYER_BYTES = 360, 260
 """On disk: what tells of a unit's files beside them, with their headers; and a layer in layers.json."""
 
 WORKERS_OF_A_MACHINE = 8
