@@ -6,12 +6,14 @@ Starts `influence serve` on the run in a process of its own. Every query differs
 the next one when it has the answer to the last. Expected answers are made first, one query at a time, by the code of `influence query`.
 
 The service keeps gradients of candidates: `--warm 100` asks so many other questions first, as a service that runs for a while was asked. With
-`--memory-budget` hardly above what the run takes, nothing is kept.
+`--memory-budget` hardly above what the run takes, nothing is kept. With `--replicas 2` the service runs on Ray Serve, each replica having one core;
+what its stages take is not told then, since each replica counts its own.
 """
 
 import argparse
 import json
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -85,8 +87,23 @@ def stages(url: str) -> dict[str, tuple[float, float]]:
     return found | {"batch": (total, count)}
 
 
-def start(path: Path, state: str, memory_budget: str) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "jobs.cli", "serve", str(path), "--port", "0", "--state-dir", state, "--memory-budget", memory_budget]
+def start(path: Path, state: str, memory_budget: str, replicas: int | None) -> tuple[subprocess.Popen[str], str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.cli",
+        "serve",
+        str(path),
+        "--port",
+        str(port),
+        "--state-dir",
+        state,
+        "--memory-budget",
+        memory_budget,
+    ]
+    command += [] if replicas is None else ["--replicas", str(replicas)]
     log = Path(state) / "log"
     with log.open("w") as stream:
         process = subprocess.Popen(command, stderr=stream, text=True)
@@ -106,6 +123,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=100)
     parser.add_argument("--warm", type=int, default=4, help="other questions that are asked before any is timed")
     parser.add_argument("--memory-budget", default="16GiB")
+    parser.add_argument("--replicas", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     run = open_run(options.run)
@@ -116,15 +134,15 @@ def main() -> None:
     bodies = [{**one, "k": 10, "candidates": options.candidates} for one in asked]
     rows = []
     with tempfile.TemporaryDirectory() as state:
-        process, url = start(options.run, state, options.memory_budget)
+        process, url = start(options.run, state, options.memory_budget, options.replicas)
         name = options.run.resolve().name
         try:
             load(url, name, [{**one, "candidates": options.candidates} for one in warm], min(8, len(warm)))
             for place, clients in enumerate(options.clients):
                 chosen = slice(place * options.queries, (place + 1) * options.queries)
-                before = stages(url)
+                before = {} if options.replicas else stages(url)
                 seconds, answers, whole = load(url, name, bodies[chosen], clients)
-                after = stages(url)
+                after = {} if options.replicas else stages(url)
                 wrong = [wrong for one, other in zip(answers, expected[chosen], strict=True) if (wrong := differs(one, other))]
                 delta = {key: (after[key][0] - before.get(key, (0, 0))[0], after[key][1] - before.get(key, (0, 0))[1]) for key in after}
                 rows.append(
@@ -134,7 +152,7 @@ def main() -> None:
                         "median": float(np.percentile(seconds, 50)),
                         "p95": float(np.percentile(seconds, 95)),
                         "p99": float(np.percentile(seconds, 99)),
-                        "batch": delta["batch"][0] / delta["batch"][1],
+                        "batch": delta["batch"][0] / delta["batch"][1] if delta else float("nan"),
                         "stages": {key: total / count for key, (total, count) in delta.items() if count and key != "batch"},
                         "wrong": wrong,
                     }

@@ -19,6 +19,7 @@ DEPTHS = (10, 20, 50, 100, 200, 400, 800, 1600)
 """Numbers of candidates that it is measured among."""
 
 ENOUGH = 0.99
+
 WIDER = (2, 4)
 """How many times as long rows are considered when an index is measured."""
 

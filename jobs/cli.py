@@ -371,6 +371,7 @@ def _print_status(run: Run) -> None:
         share = coverage["parameters_attributed"]
         console.print(
             f"coverage: {share:.1%} of the parameters, in {len(coverage['layers'])} layers; {len(coverage['excluded'])} modules excluded"
+            + (f", {len(coverage['whole'])} not split" if coverage["whole"] else "")
         )
     if status["finished"] and run.fidelity:
         end = run.fidelity.end(normalized=False, opponents=False)

@@ -100,9 +100,14 @@ def test_histograms_of_a_run_hold_every_sequence(run: Run, facts: dict[str, Any]
 
 
 def test_page_of_a_run_says_what_its_data_say(facts: dict[str, Any]) -> None:
+    facts = {**facts, "coverage": {**facts["coverage"], "whole": {"transformer.h.0.attn.c_attn": "laid out in an unknown way"}}}
     page = Page(render_run(facts))
     text = "".join(page.text["main"])
-    said = [len(facts["layers"]), f"{facts['fidelity']['rankings']['proponents']['ndcg_at_20']:.3f}", f"{facts['data']['tokens']:,}"]
+    wider = facts["fidelity"]["ndcg_at_20_of_wider"]
+    assert set(wider) == {"2", "4"}
+    assert "Not split: laid out in an unknown way" in text
+    said = [f"{ndcg:.3f} with {words.size(int(times) * facts['index']['bytes_per_sequence'])}" for times, ndcg in wider.items()]
+    said += [len(facts["layers"]), f"{facts['fidelity']['rankings']['proponents']['ndcg_at_20']:.3f}", f"{facts['data']['tokens']:,}"]
     said += [words.number(layer["damping"]) for layer in facts["layers"]] + [layer["name"] for layer in facts["layers"]]
     assert all(str(one) in text for one in said)
     assert [a["aria-label"] for tag, a in page.elements if tag == "svg" and a.get("role") == "img" and not a.get("aria-label")] == []

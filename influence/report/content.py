@@ -300,15 +300,20 @@ def _thinned(points: Sequence[Sequence[float]]) -> list[Sequence[float]]:
 
 def coverage_content(coverage: Mapping[str, Any], where: str) -> dict[str, Any]:
     share = coverage.get("parameters_attributed")
-    reasons: dict[str, list[str]] = {}
-    for module, reason in (coverage.get("excluded") or {}).items():
-        reasons.setdefault(words.plain(reason), []).append(str(module))
-    grouped = [(reason, len(modules), layer_names.with_ranges(modules)) for reason, modules in reasons.items()]
     return {
         "share": None if share is None else _short(min(1.0, max(0.0, _finite(share, where)))),
         "share_text": None if share is None else words.percent(share),
-        "excluded": grouped,
+        "excluded": _by_reason(coverage.get("excluded") or {}),
+        "whole": _by_reason(coverage.get("whole") or {}),
     }
+
+
+def _by_reason(found: Mapping[str, Any]) -> list[tuple[str, int, list[str]]]:
+    """(reason, how many modules, their names with ranges of numbers) of reasons by module."""
+    reasons: dict[str, list[str]] = {}
+    for module, reason in found.items():
+        reasons.setdefault(words.plain(reason), []).append(str(module))
+    return [(reason, len(modules), layer_names.with_ranges(modules)) for reason, modules in reasons.items()]
 
 
 def _fact(key: str, value: Any) -> str:

@@ -267,7 +267,13 @@ def _fidelity(fidelity: Mapping[str, Any] | None, index: Mapping[str, Any]) -> d
         "rows": rows,
         "chart": chart,
         "key": key,
+        "wider": [(words.size(int(times) * index["bytes_per_sequence"]), f"{ndcg:.3f}") for times, ndcg in _wider(fidelity).items()],
     }
+
+
+def _wider(fidelity: Mapping[str, Any]) -> Mapping[Any, float]:
+    """The NDCG@20 to expect of rows so many times as long; not known of runs that an earlier version measured."""
+    return dict(fidelity.get("ndcg_at_20_of_wider") or {})
 
 
 def _ten(recall: Mapping[Any, Any]) -> Mapping[Any, float]:
