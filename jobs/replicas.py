@@ -2,10 +2,12 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 
@@ -17,6 +19,9 @@ from influence.service.settings import ServiceSettings
 from jobs.executors import ray_connection
 
 NAME = "influence"
+
+SHUTDOWN_SECONDS = 30
+"""As long as Serve is given to end what it is doing."""
 
 
 def deploy(settings: ServiceSettings, replicas: int, cpus_per_replica: float = 1.0) -> None:
@@ -35,7 +40,7 @@ def deploy(settings: ServiceSettings, replicas: int, cpus_per_replica: float = 1
         num_replicas=replicas,
         max_ongoing_requests=limit,
         ray_actor_options={"num_cpus": cpus_per_replica},
-        graceful_shutdown_timeout_s=30,
+        graceful_shutdown_timeout_s=SHUTDOWN_SECONDS,
     )(serve.ingress(application)())
     serve.run(deployment.bind(), name=NAME, route_prefix="/")
 
@@ -49,6 +54,8 @@ def deployed(settings: ServiceSettings, host: str, port: int, replicas: int) -> 
     there = _get_global_client(raise_if_no_controller_running=False)
     if there is not None:
         _check_room(there.get_serve_details(), host, port)
+    else:
+        _wait_for_the_last()
     serve.start(http_options={"host": host, "port": port})
     try:
         deploy(settings, replicas)
@@ -58,6 +65,13 @@ def deployed(settings: ServiceSettings, host: str, port: int, replicas: int) -> 
             serve.shutdown()
         else:
             serve.delete(NAME)
+
+
+def _wait_for_the_last() -> None:
+    """Serve that was shut down a moment ago has proxies that are still ending, which a new controller would take for its own."""
+    deadline = time.monotonic() + SHUTDOWN_SECONDS
+    while time.monotonic() < deadline and any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
+        time.sleep(0.1)
 
 
 def _check_room(details: Mapping[str, Any], host: str, port: int) -> None:
