@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import ekfac
 
-PACKAGES = ("asyncio", "email", "tkinter", "unittest")
+PACKAGES = ("asyncio", "email", "multiprocessing", "unittest")
 LENGTH = 96
 Batch = tuple[Tensor, Tensor]
 

@@ -22,6 +22,9 @@ from influence.sequences import TrainingSequence
 EpochDone = Callable[[int, int, str], None]
 """Called after each epoch with (epochs done, epochs in all, the training loss in words)."""
 
+StepDone = Callable[[int, nn.Module], None]
+"""Called after each step with (steps done, the model as it is then)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetrainingSettings:
@@ -74,6 +77,7 @@ def fine_tuned(
     *,
     left_out: Collection[int] = (),
     epoch_done: EpochDone = lambda done, total, note: None,
+    step_done: StepDone = lambda done, model: None,
 ) -> nn.Module:
     """A copy of `base` trained on `sequences`: in each step on the mean loss over the counted tokens of a batch, each sequence's times its
     weight.
@@ -85,7 +89,8 @@ def fine_tuned(
     model = copy.deepcopy(base).requires_grad_(True)
     device, missing = next(model.parameters()).device, frozenset(left_out)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-    steps_per_epoch = -(-len(sequences) // settings.batch_size)
+    rates = learning_rates(settings, len(sequences))
+    steps_per_epoch = len(rates) // settings.epochs
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # manual_seed seeds the GPUs too
         torch.manual_seed(seed)
         model.train()
@@ -93,7 +98,7 @@ def fine_tuned(
         for step, places in enumerate(_batches([len(sequence.tokens) for sequence in sequences], settings, seed)):
             if kept := [sequences[place] for place in places if place not in missing]:
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * _schedule(step, settings.epochs * steps_per_epoch, settings.warmup_share)
+                    group["lr"] = rates[step]
                 batch = collate(kept, device)
                 optimizer.zero_grad(set_to_none=True)
                 loss = true_label_loss(model, batch) / batch.counted.sum()
@@ -102,6 +107,7 @@ def fine_tuned(
                     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
                 optimizer.step()
                 losses += loss.detach()
+            step_done(step + 1, model)
             if (step + 1) % steps_per_epoch == 0:
                 note = f"training loss {losses.item() / steps_per_epoch:.2f} nats a token"
                 epoch_done((step + 1) // steps_per_epoch, settings.epochs, note)
@@ -129,6 +135,12 @@ def similar_batches(lengths: Sequence[int], batch_size: int, generator: torch.Ge
     places = sorted(range(len(lengths)), key=lambda place: lengths[place] + 4 * noise[place])
     batches = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
     return [batches[position] for position in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def learning_rates(settings: RetrainingSettings, num_sequences: int) -> list[float]:
+    """Of each step."""
+    num_steps = settings.epochs * -(-num_sequences // settings.batch_size)
+    return [settings.learning_rate * _schedule(step, num_steps, settings.warmup_share) for step in range(num_steps)]
 
 
 def _schedule(step: int, num_steps: int, warmup_share: float) -> float:
