@@ -15,7 +15,7 @@ I + 1 with a bias, O outputs (rows of a table), Q queries.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import array_api_compat
 
@@ -126,6 +126,8 @@ class GroupedIO:
 
 
 Record: TypeAlias = LayerIO | EmbeddingIO | ScaleIO | GroupedIO
+
+Linear = TypeVar("Linear", bound=LayerIO | GroupedIO)
 
 
 def apply_to_inputs(record: LayerIO, matrix: Array) -> Array:
@@ -304,15 +306,8 @@ def as_one_sequence(record: Record) -> Record:
 
     Where the entries stood in their sequences is not kept.
     """
-    if isinstance(record, LayerIO):
+    if isinstance(record, LayerIO | GroupedIO):
         return _linear_as_one(record)
-    if isinstance(record, GroupedIO):
-        return GroupedIO(
-            activations=_joined(record.activations),
-            output_gradients=_joined(record.output_gradients),
-            mask=_joined(record.mask),
-            bias=record.bias,
-        )
     if isinstance(record, ScaleIO):
         return ScaleIO(
             normalized=_joined(record.normalized),
@@ -330,8 +325,8 @@ def as_one_sequence(record: Record) -> Record:
     )
 
 
-def _linear_as_one(record: LayerIO) -> LayerIO:
-    return LayerIO(
+def _linear_as_one(record: Linear) -> Linear:
+    return type(record)(
         activations=_joined(record.activations),
         output_gradients=_joined(record.output_gradients),
         mask=_joined(record.mask),
