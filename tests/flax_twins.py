@@ -193,6 +193,16 @@ def quick_compilation(factory: pytest.TempPathFactory) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+@contextmanager
+def wide() -> Iterator[None]:
+    """JAX in float64, with little optimization: compilation is most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.enable_x64(True):
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def stacked(parameters: dict[str, Any], num_layers: int = 2) -> dict[str, Any]:
     """The parameters of the blocks stacked on a leading axis, as a scan over them takes them."""
     first = "transformer.h.0."

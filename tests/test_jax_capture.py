@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
+import flax_twins
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,11 +36,8 @@ from ekfac.jax_torch import in_torch
 
 @pytest.fixture(autouse=True)
 def wide() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)  # compilation is most of the time
-    with jax.enable_x64(True):
+    with flax_twins.wide():
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def twin(layout: str = "plain") -> JaxModel:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-import jax
+import flax_twins
 import numpy as np
 import pytest
 import torch
@@ -48,11 +48,8 @@ MLP = ("transformer.h*mlp*",)
 
 @pytest.fixture(scope="module", autouse=True)
 def wide() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)  # compilation is most of the time
-    with jax.enable_x64(True):
+    with flax_twins.wide():
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module", params=["torch", "scanned", pytest.param("plain", marks=pytest.mark.slow)])
