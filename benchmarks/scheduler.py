@@ -170,7 +170,7 @@ def seconds_by_stage(num_sequences: int, num_workers: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = make_world(Path(folder), num_sequences)
         run = run_all(config, until="layers")
-        ray.init(num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(address="local", num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level="error")
         executor, seconds = OnRay(config, num_workers), {}
         try:
             for stage in STAGES[3:8]:

@@ -269,8 +269,8 @@ def ray_connection(resources: ResourcesConfig) -> Iterator[int]:
     if address is None:
         # A local cluster is nobody else's: without a mode of its own Ray would write a token into the home directory.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    try:
-        ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False, logging_level="error")
+    try:  # "local" and not None, which would find other people's clusters: that of RAY_ADDRESS, or the latest that was started on this machine
+        ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False, logging_level="error")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RequestError(f"no Ray cluster can be reached at {address!r}: {_first_line(error)}") from None
     try:
