@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked_workers import forked_workers
 from small_run import Influence, Outcome, World, finished_run, model, perturbed, small_world
 from transformers import (
     Gemma2Config,
@@ -126,6 +127,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Never to be changed."""
     return finished_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Path]:
+    """Workers of Ray's nodes that this process starts are forked from one, which leaves a file `RAYLET-WORKER` here for each."""
+    with forked_workers() as place:
+        yield place
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
+from forked_workers import USE_FORKS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
@@ -39,12 +41,16 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def ray_head(num_cpus: int = 2, environment: Mapping[str, str] | None = None) -> Iterator[Head]:
-    """The head, for as long as the context lasts. Nothing of it is left: `ray stop` would end every Ray of the machine, so its group is ended."""
+    """The head, for as long as the context lasts, within that of `forked_workers`.
+
+    Nothing of it is left: `ray stop` would end every Ray of the machine, so its group is ended.
+    """
     gcs, dashboard, client, agent, grpc = free_ports(5)
     directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short, for the names of its sockets
     head = Head(address=f"http://127.0.0.1:{dashboard}", token=secrets.token_hex(32))
     words = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+        *(sys.executable, "-c", f"{USE_FORKS}; from ray.scripts.scripts import main; main()"),
+        *("start", "--head", "--block", "--disable-usage-stats"),
         *(f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}", f"--temp-dir={directory}"),
         *(f"--num-cpus={num_cpus}", "--object-store-memory=100000000"),
@@ -77,7 +83,7 @@ def _wait_until_it_answers(head: Head, process: "subprocess.Popen[bytes]", out: 
 
 
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    for sign, patience in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
+    for sign, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 10)):  # it does not end of itself in half a minute, when jobs ran
         try:
             os.killpg(process.pid, sign)
             process.wait(timeout=patience)

@@ -23,7 +23,7 @@ import pyarrow.parquet
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from small_run import World, artifacts, command, run_pipeline, write_yaml
+from small_run import World, artifacts, forked, run_pipeline
 
 from influence import artifacts as artifact_files
 from influence import sequences
@@ -48,22 +48,19 @@ PATIENCE = 300
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(forks: Path) -> Iterator[Cluster]:
     """A head without CPUs, two nodes with one each, and a connection to them."""
-    environment = {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        for _ in range(2):
-            nodes.add_node(num_cpus=1)
-        ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
-        yield nodes
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            for _ in range(2):
+                nodes.add_node(num_cpus=1)
+            ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+            yield nodes
+        finally:
+            ray.shutdown()
+            nodes.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +79,19 @@ def configured(values: dict[str, Any]) -> Config:
     return load_config(None, {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()})
 
 
-def workers_at_work(*nodes: Any) -> list[int]:
+def workers_at_work(forks: Path, *nodes: Any) -> list[int]:
     """The processes of workers on these nodes that do a unit just now."""
-    parents, found = {node.all_processes["raylet"][0].process.pid for node in nodes}, []
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ended meanwhile
-            title, parent = (place / "cmdline").read_text(), (place / "stat").read_text().rpartition(")")[2].split()[1]
-            if title.startswith("ray::Worker.do") and int(parent) in parents:
-                found.append(int(place.name))
-    return found
+    raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
+    workers = [int(path.name.partition("-")[2]) for raylet in raylets for path in forks.glob(f"{raylet}-*")]
+    return [worker for worker in workers if title(worker).startswith("ray::Worker.do")]
+
+
+def title(process: int) -> str:
+    """What the process says it is; nothing when it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def until(look: Callable[[], Any]) -> Any:
@@ -163,12 +164,12 @@ def test_cluster_does_the_work_and_the_driver_reads_neither_tokens_nor_sums_nor_
     assert {"units_per_second", "seconds_left", "updated"} <= progress.keys()
 
 
-def test_killed_workers_are_replaced(world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_workers_are_replaced(world: World, forks: Path, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
     """All of them, at their first units of a pass, which take long enough: the model is loaded."""
 
     def kill_all() -> None:
         until(lambda: (tmp_path / "run/layers/all").exists())
-        for process in until(lambda: workers_at_work(*cluster.worker_nodes)):
+        for process in until(lambda: workers_at_work(forks, *cluster.worker_nodes)):
             os.kill(process, signal.SIGKILL)
 
     with meanwhile(kill_all):
@@ -176,11 +177,11 @@ def test_killed_workers_are_replaced(world: World, cluster: Cluster, undisturbed
     assert_undisturbed(tmp_path / "run", undisturbed)
 
 
-def test_run_goes_on_without_a_removed_node(world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+def test_run_goes_on_without_a_removed_node(world: World, forks: Path, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
     leaving = cluster.add_node(num_cpus=1)
 
     def remove() -> None:
-        until(lambda: (tmp_path / "run/layers/all").exists() and workers_at_work(leaving))
+        until(lambda: (tmp_path / "run/layers/all").exists() and workers_at_work(forks, leaving))
         cluster.remove_node(leaving, allow_graceful=False)
 
     with meanwhile(remove):
@@ -233,14 +234,13 @@ def test_workers_that_cannot_be_started_end_the_step_with_the_reason(cluster: Cl
 
 
 def test_run_whose_driver_was_killed_goes_on(world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
-    config = write_yaml(tmp_path / "config.yaml", settings(world, tmp_path / "run", cluster))
-    process = command("run", config)
+    process = forked(run_pipeline, settings(world, tmp_path / "run", cluster))
     try:
-        until(lambda: process.poll() is not None or any((tmp_path / "run").glob("eigenvalues/part-*")))
-        assert process.poll() is None, process.communicate()
+        until(lambda: process.exitcode is not None or any((tmp_path / "run").glob("eigenvalues/part-*")))
+        assert process.exitcode is None
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     assert not (tmp_path / "run" / "fidelity").exists()
     end_here(world, tmp_path / "run")
     assert_undisturbed(tmp_path / "run", undisturbed)
@@ -278,26 +278,24 @@ def test_run_without_room_stops_with_the_reason_and_goes_on_once_there_is_room(
     assert_undisturbed(small_disk / "run", undisturbed)
 
 
-def test_unit_of_a_worker_that_hangs_is_taken_over(world: World, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+def test_unit_of_a_worker_that_hangs_is_taken_over(world: World, forks: Path, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
     config = configured(settings(world, tmp_path / "run", cluster))
     run, stage = begun(undisturbed, tmp_path / "run"), STAGES[3]
     sizes = {unit: stage.size(run, unit) for unit in stage.units(run)}
     finished: list[str] = []
     failures: list[Failure] = []
     stopped: list[int] = []
-    began_with: list[Any] = []
 
     with closing(OnRay(config, 2, Rules(slow_factor=3, slow_seconds=2))) as executor:
 
         def stop_one() -> None:
-            stopped.append(until(lambda: workers_at_work(*cluster.worker_nodes))[0])
+            stopped.append(until(lambda: workers_at_work(forks, *cluster.worker_nodes))[0])
             os.kill(stopped[0], signal.SIGSTOP)
-            began_with.extend(executor.workers.values())
 
         try:
             with meanwhile(stop_one):
                 executor.do(stage, sizes, finished.append, failures.append)
-            assert len(set(executor.workers.values()) - set(began_with)) == 1, "whoever hung was replaced"
+            until(lambda: title(stopped[0]) == "")  # whoever hung was ended
         finally:
             for pid in stopped:
                 with suppress(ProcessLookupError):
@@ -332,8 +330,8 @@ def test_unit_that_always_fails_stops_the_run_with_its_reason_and_the_rest_is_ke
     with pytest.raises(RuntimeError, match=rf"^covariances/{unit} failed 3 times; last: \w+: .+"):
         run_all(config)
     progress = json.loads((tmp_path / "run/progress.json").read_text())
-    assert [(failure["unit"], failure["attempt"]) for failure in progress["failures"]] == [(unit, 1), (unit, 2), (unit, 3)]
-    assert progress["retries"] == 3
+    assert [failure["attempt"] for failure in progress["failures"] if failure["unit"] == unit] == [1, 2, 3]
+    assert progress["retries"] == len(progress["failures"])
     assert progress["tokens_per_second"] > 0
     kept = sorted((tmp_path / "run/covariances").glob("part-*"))
     assert kept

@@ -373,7 +373,7 @@ def test_killed_retraining_goes_on_to_the_same_bank(influence: Influence, copy: 
 
 
 @pytest.fixture
-def on_ray() -> Iterator[ResourcesConfig]:
+def on_ray(forks: Path) -> Iterator[ResourcesConfig]:
     resources = ResourcesConfig(workers=2)
     connection: AbstractContextManager[int] = ray_connection(resources)
     with connection:

@@ -239,7 +239,7 @@ def test_scanning_several_shards_as_one_unit_gives_the_same_fidelity(
 
 
 @pytest.fixture(scope="module")
-def cluster(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cluster(world: World, forks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     settings = world.settings(tmp_path_factory.mktemp("ray") / "run", resources={"workers": 2})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # somebody else's, which a run without an address leaves alone

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from forked_workers import USE_FORKS
 from served import until
 from small_run import Influence
 from test_service import QUESTION, ask, assert_same, finished_query
@@ -28,13 +29,18 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_replicas_answer_as_one_and_share_the_queue(finished: Path, tmp_path: Path) -> None:
+def test_replicas_answer_as_one_and_share_the_queue(forks: Path, finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "runs" / "small")
     port = free_port()
     words = ["serve", str(run), "--replicas", "2", "--port", str(port), "--state-dir", str(tmp_path / "state")]
     log = tmp_path / "log"
     with log.open("wb") as stream:
-        process = subprocess.Popen([sys.executable, "-m", "jobs.cli", *words], stdout=stream, stderr=stream, env=dict(os.environ))
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"{USE_FORKS}; from jobs.cli import main; main()", *words],
+            stdout=stream,
+            stderr=stream,
+            env=dict(os.environ),
+        )
     try:
         until(lambda: process.poll() is not None or "serving small at" in log.read_text())
         assert process.poll() is None, log.read_text()
@@ -61,7 +67,7 @@ def test_what_replicas_cannot_do_is_refused(tmp_path: Path, influence: Influence
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Ray Serve itself
-def test_where_serve_runs_already_other_applications_stay(tmp_path: Path) -> None:
+def test_where_serve_runs_already_other_applications_stay(forks: Path, tmp_path: Path) -> None:
     from ray import serve
 
     from jobs.replicas import deployed

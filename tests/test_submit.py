@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+def head(forks: Path) -> Iterator[Head]:
     with ray_head() as running:
         yield running
 
