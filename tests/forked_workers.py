@@ -40,7 +40,7 @@ def forked_workers() -> Iterator[Path]:
     ):  # short, for the socket's name
         patch.setenv(PLACE, place)
         patch.setenv("OMP_NUM_THREADS", "1")
-        process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, start_new_session=True)
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
@@ -76,6 +76,7 @@ def _become(asked: Mapping[str, Any], descriptors: list[int]) -> None:
     """Goes on as the process that was asked for."""
     import runpy
 
+    os.setpgid(0, 0)  # a worker's processes are a group of their own, which Ray ends
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, one in enumerate(descriptors):
         os.dup2(one, number)
