@@ -17,7 +17,8 @@ from fastapi import FastAPI
 
 from influence.service import ServiceSettings, create_app
 
-WAIT_SECONDS = 90
+WAIT_SECONDS = 300
+"""Longer than anything takes on a machine ten times slower: only what never comes is waited for as long."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,8 +71,8 @@ def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def settings(world: World, directory: Path, cluster: Cluster, workers: int = 2) -> dict[str, Any]:
-    return world.settings(directory, data=SHARDS, resources={"workers": workers, "address": cluster.address})
+def settings(world: World, directory: Path, cluster: Cluster) -> dict[str, Any]:
+    return world.settings(directory, data=SHARDS, resources={"workers": 2, "address": cluster.address})
 
 
 def configured(values: dict[str, Any]) -> Config:
@@ -178,14 +178,16 @@ def test_killed_workers_are_replaced(world: World, forks: Path, cluster: Cluster
 
 
 def test_run_goes_on_without_a_removed_node(world: World, forks: Path, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
-    leaving = cluster.add_node(num_cpus=1)
+    """Whichever of the two is seen at work first."""
 
     def remove() -> None:
-        until(lambda: (tmp_path / "run/layers/all").exists() and workers_at_work(forks, leaving))
+        until(lambda: (tmp_path / "run/layers/all").exists())
+        leaving = until(lambda: next((node for node in cluster.worker_nodes if workers_at_work(forks, node)), None))
         cluster.remove_node(leaving, allow_graceful=False)
 
     with meanwhile(remove):
-        run_all(configured(settings(world, tmp_path / "run", cluster, workers=3)))
+        run_all(configured(settings(world, tmp_path / "run", cluster)))
+    cluster.add_node(num_cpus=1)
     assert_undisturbed(tmp_path / "run", undisturbed)
 
 

@@ -381,7 +381,6 @@ def on_ray(forks: Path) -> Iterator[ResourcesConfig]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # Ray's notice of what a later version will do with accelerators
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves the log files of its processes open
 def test_retraining_on_ray_gives_the_same_losses(finished: Path, base: Path, asked: Asked, on_ray: ResourcesConfig, tmp_path: Path) -> None:

@@ -261,7 +261,6 @@ def with_layers(config: Config) -> Run:
     return run
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # Ray's notice of what a later version will do with accelerators
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves the log files of its processes open
 class TestOnRay:
