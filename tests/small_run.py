@@ -203,8 +203,8 @@ def command(*arguments: object, most_bytes_per_file: int | None = None) -> subpr
 def forked(function: Callable[..., object], *arguments: object) -> BaseProcess:
     """A process that calls the function, forked from one that has imported what a run needs, which takes seconds, and does nothing else."""
     start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["pytest", "transformers.models.gpt2.modeling_gpt2", "jobs.driver"])
-    process = start.Process(target=_called, args=(dict(os.environ), function, arguments))
+    start.set_forkserver_preload(["pytest", "transformers.models.gpt2.modeling_gpt2", "jobs.cli", "jobs.driver"])
+    process = start.Process(target=_called, args=(dict(os.environ), function, arguments), daemon=True)
     process.start()
     return process
 
