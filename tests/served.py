@@ -1,21 +1,23 @@
 """Real servers over real runs: `influence serve` in a process of its own, or the application in a thread of this one where limits are to be set."""
 
 import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from small_run import forked
 
 from influence.service import ServiceSettings, create_app
+from jobs import cli
 
 WAIT_SECONDS = 300
 """Longer than anything takes on a machine ten times slower: only what never comes is waited for as long."""
@@ -27,25 +29,24 @@ class Served:
 
     url: str
     log: Path
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
 
-    def stop(self) -> int:
+    def stop(self) -> int | None:
         """Asks it to stop; its exit status."""
         self.process.terminate()
-        return self.process.wait(WAIT_SECONDS)
+        self.process.join(WAIT_SECONDS)
+        return self.process.exitcode
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(WAIT_SECONDS)
+        self.process.join(WAIT_SECONDS)
 
 
 @contextmanager
 def serving(log: Path, *arguments: object, environment: Mapping[str, str] | None = None, ready: bool = True) -> Iterator[Served]:
     """`influence serve` with these arguments on a free port, until the context ends."""
-    words = [sys.executable, "-c", "from jobs.cli import main; main()", "serve", *map(str, arguments), "--port", "0"]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
-    with log.open("wb") as stream:
-        process = subprocess.Popen(words, env=variables, stdout=subprocess.DEVNULL, stderr=stream)
+    log.touch()
+    process = forked(_serve, ["serve", *map(str, arguments), "--port", "0"], dict(environment or {}), log)
     try:
         address = until(lambda: _address(log, process))
         if ready:
@@ -53,12 +54,22 @@ def serving(log: Path, *arguments: object, environment: Mapping[str, str] | None
         yield Served(url=address, log=log, process=process)
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
-def _address(log: Path, process: subprocess.Popen[bytes]) -> str | None:
+def _serve(words: list[str], environment: Mapping[str, str], log: Path) -> None:
+    """`influence WORDS` in a process of its own: what it says goes to the log, nothing to standard output."""
+    with log.open("wb") as stream, Path(os.devnull).open("wb") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    os.environ.update(environment)
+    sys.argv[:] = ["influence", *words]
+    cli.main()
+
+
+def _address(log: Path, process: BaseProcess) -> str | None:
     text = log.read_text()
-    assert process.poll() is None, text
+    assert process.exitcode is None, text
     lines = [line for line in text.splitlines() if line.startswith("serving ")]
     return lines[0].rpartition(" at ")[2].rstrip("/") if lines else None
 

@@ -7,7 +7,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from influence.config import load_config
 from influence.run import Run
 from influence.run_directory import STAGES
+from jobs import cli
 from jobs.driver import run_all
 
 POSITIONS = 32
@@ -186,24 +189,17 @@ def everything(run: Path) -> dict[str, tuple[int, str]]:
     return found
 
 
-def command(*arguments: object, most_bytes_per_file: int | None = None) -> subprocess.Popen[str]:
-    """The real command line in a process of its own, with one thread and no network.
-
-    `most_bytes_per_file` makes longer writes fail, much as a full disk does; the signal for it would end the process before it can say so.
-    """
-    start = "from jobs.cli import main; main()"
-    if most_bytes_per_file is not None:
-        limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({most_bytes_per_file}, {most_bytes_per_file}))"
-        start = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {limit}; {start}"
+def command(*arguments: object) -> subprocess.Popen[str]:
+    """The real command line in a process of its own, with one thread and no network."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-c", start, *map(str, arguments)]
+    words = [sys.executable, "-c", "from jobs.cli import main; main()", *map(str, arguments)]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def forked(function: Callable[..., object], *arguments: object) -> BaseProcess:
     """A process that calls the function, forked from one that has imported what a run needs, which takes seconds, and does nothing else."""
     start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["pytest", "transformers.models.gpt2.modeling_gpt2", "jobs.cli", "jobs.driver"])
+    start.set_forkserver_preload(["pytest", "transformers.models.gpt2.modeling_gpt2", "influence.service", "jobs.cli"])
     process = start.Process(target=_called, args=(dict(os.environ), function, arguments), daemon=True)
     process.start()
     return process
@@ -212,6 +208,29 @@ def forked(function: Callable[..., object], *arguments: object) -> BaseProcess:
 def _called(environment: Mapping[str, str], function: Callable[..., object], arguments: Iterable[object]) -> None:
     os.environ.update(environment)
     function(*arguments)
+
+
+def forked_command(scratch: Path, *arguments: object, most_bytes_per_file: int | None = None) -> "Outcome":
+    """The command line in a process that is `forked`; what it said is kept in `scratch`.
+
+    `most_bytes_per_file` makes longer writes fail, much as a full disk does; the signal for it would end the process before it can say so.
+    """
+    process = forked(_command, list(map(str, arguments)), scratch, most_bytes_per_file)
+    process.join(timeout=300)
+    assert process.exitcode is not None, "it does not end"
+    return Outcome(process.exitcode, (scratch / "stdout").read_text(), (scratch / "stderr").read_text())
+
+
+def _command(words: list[str], scratch: Path, most_bytes_per_file: int | None) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with (scratch / name).open("wb") as stream:
+            os.dup2(stream.fileno(), number)
+    if most_bytes_per_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes_per_file, most_bytes_per_file))
+    torch.set_num_threads(1)
+    sys.argv[:] = ["influence", *words]
+    cli.main()
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

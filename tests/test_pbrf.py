@@ -7,7 +7,6 @@ there is what a score predicts.
 """
 
 import copy
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
 from scipy.stats import pearsonr, spearmanr
-from small_run import Influence, everything, write_jsonl
+from small_run import Influence, World, everything, run_pipeline, write_jsonl
 from torch import Tensor, nn
 
 from ekfac import Damping, LayerFactors, SequenceBatch, fit, true_label_loss
@@ -116,7 +115,7 @@ def test_scores_predict_the_proximal_bregman_response(case: str) -> None:
     asked = Measurement(prompt="", completion="", contrast=None, parts=((1.0, sequences[N]),))
     scores = scan(attributed, precondition(query_gradients(attributed, [asked]).gradients, factors), sequences[:N])[0] / N
     order = np.argsort(scores)
-    chosen = np.concatenate([order[-3:], order[50:150:33], order[:3]])
+    chosen = np.concatenate([order[-2:], order[50:150:49], order[:2]])
     with torch.no_grad():
         start = -float(true_label_loss(model, query))
     # The command's own solver, in coordinates whitened by EK-FAC, finds the minimum that plain L-BFGS over the parameters finds, which takes far more
@@ -195,8 +194,9 @@ def test_wrong_request_is_refused(words: list[str], message: str, influence: Inf
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_command_keeps_what_it_solved_and_says_how_scores_agree(influence: Influence, finished: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(finished, tmp_path / "run"))
+def test_command_keeps_what_it_solved_and_says_how_scores_agree(influence: Influence, world: World, tmp_path: Path) -> None:
+    """Over few layers, since it takes more steps the more there are."""
+    run = run_pipeline(world.settings(tmp_path / "run", factors={"layers": ["*.h.1.mlp.*"]})).directory.path
     queries = write_jsonl(tmp_path / "queries.jsonl", [{"id": "a", "text": "Oslo lies on the Aker."}, {"text": "Lima lies on the Tagus."}])
     words = ("evaluate", run, "pbrf", "--queries", queries, "--copies", 3, "--refine-steps", 3, "--json")
     answer = influence(*words).json

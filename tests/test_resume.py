@@ -16,11 +16,10 @@ from small_run import (
     World,
     alter_one_weight,
     artifacts,
-    command,
     documents,
     everything,
-    finish,
     forked,
+    forked_command,
     run_pipeline,
     tokenizer,
     write_jsonl,
@@ -289,7 +288,7 @@ def test_second_process_on_one_run_directory_is_refused(world: World, copy: Path
     config = write_yaml(tmp_path / "config.yaml", world.settings(copy))
     before = everything(copy)
     with RunDirectory(copy).exclusive():
-        status, out, err = finish(command("run", config))
+        status, out, err = forked_command(tmp_path, "run", config)
     assert (status, out) == (2, "")
     assert err == f"error: another process is working on {copy} (process {os.getpid()} on {os.uname().nodename}); wait for it or stop it\n"
     assert everything(copy) == before
@@ -321,7 +320,7 @@ def test_copied_run_answers_with_the_model_where_it_is_now(world: World, finishe
 
 def test_run_without_room_fails_in_one_line_and_goes_on_once_there_is_room(world: World, finished: Path, tmp_path: Path) -> None:
     settings = world.settings(tmp_path / "run")
-    status, out, err = finish(command("run", write_yaml(tmp_path / "config.yaml", settings), most_bytes_per_file=20_000))
+    status, out, err = forked_command(tmp_path, "run", write_yaml(tmp_path / "config.yaml", settings), most_bytes_per_file=20_000)
     assert (status, out) == (1, "")
     *progress, last = err.splitlines()
     assert last.startswith("error: ")
