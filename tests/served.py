@@ -45,7 +45,7 @@ class Served:
 @contextmanager
 def serving(log: Path, *arguments: object, environment: Mapping[str, str] | None = None, ready: bool = True) -> Iterator[Served]:
     """`influence serve` with these arguments on a free port, until the context ends."""
-    log.touch()
+    log.write_bytes(b"")  # what an earlier server said is not of this one
     process = forked(_serve, ["serve", *map(str, arguments), "--port", "0"], dict(environment or {}), log)
     try:
         address = until(lambda: _address(log, process))

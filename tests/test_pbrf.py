@@ -115,7 +115,7 @@ def test_scores_predict_the_proximal_bregman_response(case: str) -> None:
     asked = Measurement(prompt="", completion="", contrast=None, parts=((1.0, sequences[N]),))
     scores = scan(attributed, precondition(query_gradients(attributed, [asked]).gradients, factors), sequences[:N])[0] / N
     order = np.argsort(scores)
-    chosen = np.concatenate([order[-2:], order[50:150:49], order[:2]])
+    chosen = np.concatenate([order[-3:], order[50:150:33], order[:3]])
     with torch.no_grad():
         start = -float(true_label_loss(model, query))
     # The command's own solver, in coordinates whitened by EK-FAC, finds the minimum that plain L-BFGS over the parameters finds, which takes far more
