@@ -1,20 +1,21 @@
 """Ray's workers forked from the process from which `small_run.forked` forks, which has imported what they need: some ten seconds of each.
 
 Ray starts a worker by a script that gets the worker's command line as its arguments. This file is that script: it hands arguments and environment
-to a thread of the tests, and what that has forked goes on with Ray's own entry point.
+to the process to fork from, and the fork goes on with Ray's own entry point.
 """
 
 import json
 import os
 import re
 import runpy
+import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 PLACE = "FORKED_WORKERS"
@@ -29,34 +30,47 @@ def forked_workers() -> Iterator[Path]:
     """The directory, for as long as the context lasts: workers of nodes that this process starts meanwhile are forks."""
     import pytest
     from ray._private import ray_constants
-
-    with (
-        tempfile.TemporaryDirectory(prefix="fork-", dir="/tmp") as place,  # short, for the socket's name
-        pytest.MonkeyPatch.context() as patch,
-        socket.socket(socket.AF_UNIX) as listener,
-    ):
-        listener.bind(place + "/socket")
-        listener.listen(64)
-        thread = Thread(target=_fork_for_all, args=(listener,), daemon=True)
-        thread.start()
-        patch.setenv(PLACE, place)
-        patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", __file__)
-        yield Path(place)
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
-
-
-def _fork_for_all(listener: socket.socket) -> None:
-    """Forks for everyone who asks, until the listener is shut down."""
     from small_run import forked
 
-    while True:
+    with (
+        tempfile.TemporaryDirectory(prefix="fork-", dir="/tmp") as name,
+        pytest.MonkeyPatch.context() as patch,
+    ):  # short, for the socket's name
+        place = Path(name)
+        process = forked(_fork_for_all, place)
         try:
+            while not (place / "ready").exists():
+                assert process.exitcode is None
+                time.sleep(0.01)
+            patch.setenv(PLACE, name)
+            patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", __file__)
+            yield place
+        finally:
+            process.kill()
+            process.join()
+
+
+def _fork_for_all(place: Path) -> None:
+    """Forks for everyone who asks, and returns in a fork alone.
+
+    A process of its own and no thread: the one that waits in Ray for its first workers lets no thread run.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place / "socket"))
+        listener.listen(64)
+        (place / "ready").touch()
+        while True:
             connection, _ = listener.accept()
-        except OSError:
-            return
-        with connection, connection.makefile("rb") as content:
-            forked(_become, json.load(content))
+            with connection, connection.makefile("rb") as content:
+                try:
+                    asked = json.load(content)
+                except ValueError:  # who asked was ended meanwhile, with its node
+                    continue
+            if os.fork() == 0:
+                break
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _become(asked)
 
 
 def _become(asked: Mapping[str, Any]) -> None:

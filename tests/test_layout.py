@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ class Module:
         return self.name.split(".")[0]
 
 
+@cache
 def modules(root: Path) -> list[Module]:
     """Every module of the four packages under `root`, also of those that are not there yet: none."""
     found = []
