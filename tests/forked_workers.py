@@ -32,10 +32,8 @@ def forked_workers() -> Iterator[Path]:
     from ray._private import ray_constants
     from small_run import forked
 
-    with (
-        tempfile.TemporaryDirectory(prefix="fork-", dir="/tmp") as name,
-        pytest.MonkeyPatch.context() as patch,
-    ):  # short, for the socket's name
+    # a short name, for that of the socket; a worker that is just starting may still write there at the end
+    with tempfile.TemporaryDirectory(prefix="fork-", dir="/tmp", ignore_cleanup_errors=True) as name, pytest.MonkeyPatch.context() as patch:
         place = Path(name)
         process = forked(_fork_for_all, place)
         try:
