@@ -177,7 +177,7 @@ def test_every_directory_and_file_of_the_packages_is_installed() -> None:
         path.relative_to(ROOT)
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc")
+        if path.is_file() and path.suffix != ".py" and path.parent.name != "__pycache__"
     ]
     patterns = [f"{package.replace('.', '/')}/{pattern}" for package, globs in setuptools["package-data"].items() for pattern in globs]
     left_out = [str(path) for path in others if not any(fnmatch(str(path), pattern) for pattern in patterns)]
