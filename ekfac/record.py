@@ -357,6 +357,8 @@ def position_inner_products(record: Record, vector: Array) -> Array:
     """
     xp = array_api_compat.array_namespace(vector)
     if isinstance(record, LayerIO):
+        if not record.bias and record.activations.shape[-1] < record.output_gradients.shape[-1]:  # what is multiplied is the narrower side
+            return _placed(xp.sum(record.activations * (record.output_gradients @ vector), axis=-1), record.places)
         return _placed(xp.sum(record.output_gradients * apply_to_inputs(record, xp.matrix_transpose(vector)), axis=-1), record.places)
     if isinstance(record, GroupedIO):
         matrices = xp.reshape(vector, (*record.output_gradients.shape[2:], vector.shape[1]))  # [H, P, J]

@@ -25,10 +25,10 @@ def group_duplicates(rows: RowShards, numbers: Sequence[int], count: int) -> lis
     agree is 1 - angle / π.
     """
     groups: list[list[int]] = []
-    firsts = np.empty((0, rows.format.length), dtype=np.float32)
+    firsts = np.empty((count, rows.format.length), dtype=np.float32)
     for place, number in enumerate(numbers):
         own = _unit(rows.format.decode(rows.take(np.array([number]))))
-        cosines = firsts @ own[0]
+        cosines = firsts[: len(groups)] @ own[0]
         if rows.format.encoding == "bit":
             cosines = np.sin(np.pi / 2 * np.clip(cosines, -1, 1))
         if len(cosines) and cosines.max() >= ALIKE:
@@ -36,8 +36,8 @@ def group_duplicates(rows: RowShards, numbers: Sequence[int], count: int) -> lis
         elif len(groups) == count:
             break
         else:
+            firsts[len(groups)] = own[0]
             groups.append([place])
-            firsts = np.concatenate([firsts, own])
     return groups
 
 

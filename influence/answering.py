@@ -192,9 +192,9 @@ class _Asked:
         rows = -self.rows if opponents else self.rows
         return [row[row >= 0] for row in index.search(rows, num_candidates(self.run, options, opponents), self.allowed).numbers]
 
-    def totals(self, numbers: Sequence[int]) -> NDArray[np.float64]:
-        """Exact scores of these sequences for every query, [Q, len(numbers)], in one pass over them."""
-        return self.run.kept_gradients.scores(self.vectors, self.run.store, numbers) * self.weights[list(numbers)]
+    def totals(self, numbers: Sequence[int], wanted: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Exact scores of these sequences, [Q, len(numbers)], in one pass over them: for each query those that are wanted."""
+        return self.run.kept_gradients.scores(self.vectors, self.run.store, numbers, wanted) * self.weights[list(numbers)]
 
     def splits(self, wanted: Sequence[tuple[int, Sequence[int]]], options: QueryOptions) -> list[SequenceScores]:
         """For each (query, numbers): exact scores of these sequences for that query, by layer and by token."""
@@ -268,7 +268,11 @@ def _answers_of_group(
     # Queries have candidates in common, so one pass over those of all of them costs less than a pass for each.
     union = sorted({number for table in chosen for numbers in table for number in numbers})
     columns = {number: column for column, number in enumerate(union)}
-    by_run = [one.totals(union) for one in asked]
+    wanted = np.zeros((len(measurements), len(union)), dtype=np.bool_)
+    for table in chosen:
+        for place, numbers in enumerate(table):
+            wanted[place, [columns[number] for number in numbers]] = True
+    by_run = [one.totals(union, wanted) for one in asked]
     orders = [
         [
             _ordered(asked, table[place], [t[place, [columns[n] for n in table[place]]] for t in by_run], options, sign)

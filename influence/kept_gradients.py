@@ -13,12 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ekfac import Layer, Record, SequenceBatch, capture, gradient_blocks, true_label_loss
-from influence.attribution import AttributedModel, Parts, Vectors, scan_parts
+from influence.attribution import AttributedModel, Parts, scan_parts
 from influence.batches import in_batches
 from influence.sequences import SequenceStore
-
-MULTIPLIED_AT_ONCE = 16
-"""Gradients that are copied side by side: enough that the queries' vectors are not read from memory again for each, few enough for the caches."""
 
 
 class KeptGradients:
@@ -40,8 +37,8 @@ class KeptGradients:
         self.limit_bytes = limit_bytes
         self._make_room(0)
 
-    def scores(self, parts: Parts, store: SequenceStore, numbers: Sequence[int]) -> NDArray[np.float64]:
-        """⟨vector q, gradient of the sequence of that number⟩ summed over layers, [Q, len(numbers)].
+    def scores(self, parts: Parts, store: SequenceStore, numbers: Sequence[int], wanted: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """⟨vector q, gradient of the sequence of that number⟩ summed over layers, [Q, len(numbers)], where it is `wanted`; elsewhere anything.
 
         Nothing is kept where the gradients of all these sequences are more than the limit, and of vectors over some of the layers, or on a GPU, whose
         memory is dearer than its passes.
@@ -49,25 +46,25 @@ class KeptGradients:
         alone = next(iter(parts)) if len(parts) == 1 else None
         if alone is None or alone[0].layers != self._layers or alone[0].device.type != "cpu":
             return scan_parts(parts, store.select(numbers))
-        attributed, vectors = alone
-        dtype = reduce(torch.promote_types, [vector.dtype for vector in vectors.values()])
+        attributed, by_layer = alone
+        dtype = reduce(torch.promote_types, [vector.dtype for vector in by_layer.values()])
         if len(numbers) * self._ends[-1] * dtype.itemsize > self.limit_bytes:
             return scan_parts(parts, store.select(numbers))
-        scores = np.zeros((len(next(iter(vectors.values()))), len(numbers)))
+        vectors = torch.cat([by_layer[layer.name].to(dtype).flatten(1) for layer in self._layers], 1)
+        scores = np.zeros((len(vectors), len(numbers)))
         known = [place for place, number in enumerate(numbers) if number in self._kept]
         new = [place for place, number in enumerate(numbers) if number not in self._kept]
         for place in known:
             self._kept.move_to_end(numbers[place])
-        space = torch.empty(max(1, min(MULTIPLIED_AT_ONCE, len(numbers))), self._ends[-1], dtype=dtype)
-        scores[:, known] = self._products(vectors, [self._kept[numbers[place]] for place in known], space)
-        budget = attributed.budget.beside(len(scores), attributed.layers)
+            _multiply(vectors, self._kept[numbers[place]], wanted[:, place], scores[:, place])
+        budget = attributed.budget.beside(2 * len(scores), attributed.layers)
         for members, batch in in_batches(store.select([numbers[place] for place in new]), budget, attributed.device):
             self._make_room(len(members) * self._ends[-1] * dtype.itemsize)
             gradients = self._gradients(attributed, batch, dtype)
-            places = [new[member] for member in members]
-            scores[:, places] = self._products(vectors, gradients, space)
-            self._kept.update({numbers[place]: gradient for place, gradient in zip(places, gradients, strict=True)})
-            self.num_bytes += sum(gradient.nbytes for gradient in gradients)
+            for place, gradient in zip([new[member] for member in members], gradients, strict=True):
+                _multiply(vectors, gradient, wanted[:, place], scores[:, place])
+                self._kept[numbers[place]] = gradient
+                self.num_bytes += gradient.nbytes
         return scores
 
     def _make_room(self, num_bytes: int) -> None:
@@ -92,12 +89,11 @@ class KeptGradients:
         capture(attributed.model, attributed.layers, partial(true_label_loss, attributed.model, batch), batch.reached, consume)
         return found
 
-    def _products(self, vectors: Vectors, gradients: Sequence[Tensor], space: Tensor) -> NDArray[np.float64]:
-        """[Q, len(gradients)], summed over layers in float64. `space` is written over: new memory for every copy costs more than the products."""
-        products = np.zeros((len(next(iter(vectors.values()))), len(gradients)))
-        for first in range(0, len(gradients), len(space)):
-            some = list(gradients[first : first + len(space)])
-            together = torch.stack(some, out=space[: len(some)])
-            shares = [(vectors[layer.name].to(share.dtype).flatten(1) @ share.T).double() for layer, share in self._of_layers(together)]
-            products[:, first : first + len(together)] = torch.stack(shares).sum(0).numpy()
-        return products
+
+def _multiply(vectors: Tensor, gradient: Tensor, wanted: NDArray[np.bool_], scores: NDArray[np.float64]) -> None:
+    """Sets the wanted ones of `scores` [Q] to the products of the vectors [Q, P] with the gradient [P].
+
+    One by one: a gradient is read once for each query that wants it and copied nowhere, for memory is slower than the products.
+    """
+    for query in np.flatnonzero(wanted):
+        scores[query] = torch.dot(vectors[query], gradient).item()

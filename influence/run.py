@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ MOST_SCAN_UNITS = 64
 """Of a pass that fits factors, whose units each leave sums as large as the factors, and of the scan, whose units each solve for the queries."""
 
 SAMPLE_SIZE = 10_000
+DECODED_TOKENS = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -537,13 +538,18 @@ class Run:
         progress(passes * count, passes * count)
         return scores
 
+    @cached_property
+    def _decoded(self) -> Callable[[tuple[int, ...]], str]:
+        """The text of some tokens; that of those seen last is kept, since decoding costs more than all else that is done to show a token."""
+        return lru_cache(DECODED_TOKENS)(lambda tokens: str(self.tokenizer.decode(list(tokens))))
+
     def token_texts(self, tokens: NDArray[np.int32]) -> list[str]:
         """Each token as text of its own; a character that several tokens spell stands at the last of them."""
         texts: list[str] = []
         pending: list[int] = []
         for token in tokens.tolist():
             pending.append(token)
-            text = self.tokenizer.decode(pending)
+            text = self._decoded(tuple(pending))
             if "\ufffd" in text and len(pending) < 4:  # UTF-8 spells a character in at most four bytes
                 texts.append("")
             else:

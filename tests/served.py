@@ -1,6 +1,7 @@
 """Real servers over real runs: `influence serve` in a process of its own, or the application in a thread of this one where limits are to be set."""
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from small_run import forked
 
 from influence.service import ServiceSettings, create_app
+from influence.service.server import configuration
 from jobs import cli
 
 WAIT_SECONDS = 300
@@ -93,13 +95,13 @@ def application(settings: ServiceSettings) -> Iterator[str]:
 @contextmanager
 def running(app: FastAPI) -> Iterator[str]:
     """The address of this application, in a thread; its runs are loaded."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
-    thread = threading.Thread(target=server.run)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(configuration(app))
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
         until(lambda: server.started and app.state.service.engine.ready)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         app.state.service.engine.drain()
         server.should_exit = True

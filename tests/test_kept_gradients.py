@@ -43,24 +43,25 @@ def test_scores_are_those_of_a_scan_whatever_was_kept_before(run: Run, exact: tu
         assert kept.num_bytes <= limit
         for count in (1, 0, 11, 29):
             numbers = order.choice(len(run.store), count, replace=False).tolist()
-            found = kept.scores([(attributed, vectors)], run.store, numbers)
+            wanted = order.random((3, count)) < 0.6
+            found = kept.scores([(attributed, vectors)], run.store, numbers, wanted)
             assert kept.num_bytes <= limit
             assert kept.num_bytes >= count * size or limit < count * size
             assert kept.num_bytes == sum(gradient.nbytes for gradient in kept._kept.values())
             # The same sums in float64 in another order.
-            np.testing.assert_allclose(found, expected[:, numbers], rtol=0, atol=1e-12 * np.abs(expected).max())
+            np.testing.assert_allclose(found[wanted], expected[:, numbers][wanted], rtol=0, atol=1e-12 * np.abs(expected).max())
 
 
 def test_what_is_kept_needs_no_model(run: Run, exact: tuple[AttributedModel, Vectors]) -> None:
     attributed, vectors = exact
     kept = KeptGradients(attributed.layers)
     kept.limit(2**30)
-    passes: list[int] = []
+    passes, everything = list[int](), np.ones((3, 3), dtype=np.bool_)
     handle = attributed.model.register_forward_pre_hook(lambda _module, _arguments: passes.append(1))
     try:
-        first = kept.scores([(attributed, vectors)], run.store, [3, 1, 7])
+        first = kept.scores([(attributed, vectors)], run.store, [3, 1, 7], everything[:, :3])
         made = len(passes)
-        again = kept.scores([(attributed, vectors)], run.store, [7, 3])
+        again = kept.scores([(attributed, vectors)], run.store, [7, 3], everything[:, :2])
     finally:
         handle.remove()
     assert made > 0
@@ -73,7 +74,9 @@ def test_of_some_of_the_layers_nothing_is_kept(run: Run, exact: tuple[Attributed
     kept = KeptGradients(attributed.layers)
     kept.limit(2**30)
     some = selected(attributed, ["*.mlp.*"])
-    found = kept.scores([(some, {layer.name: vectors[layer.name] for layer in some.layers})], run.store, [2, 5])
+    found = kept.scores(
+        [(some, {layer.name: vectors[layer.name] for layer in some.layers})], run.store, [2, 5], np.ones((3, 2), dtype=np.bool_)
+    )
     assert kept.num_bytes == 0
     np.testing.assert_allclose(found, scan(some, vectors, run.store.select([2, 5])), rtol=1e-12)
 

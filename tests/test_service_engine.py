@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,26 @@ def test_accepted_queries_run_while_quick_ones_never_stop_coming(make: Callable[
     assert [future.result(30)[1] for future in asked[:2]] == [
         json.dumps({"for": str(n), "id": future.result()[0]}) for n, future in enumerate(asked[:2])
     ]
+
+
+def test_a_batch_waits_for_as_many_as_were_under_way_and_a_query_alone_for_nobody(make: Callable[..., Service]) -> None:
+    service = make(Work(do=lambda body, progress, check: time.sleep(0.02) or {}), Limits(batch_seconds=0.5))
+    service.engine.start([])
+    start = time.monotonic()
+    for number in range(3):
+        service.ask(f"alone {number}").result(30)
+    assert time.monotonic() - start < 0.5, "one of these would have waited as long for another"
+
+    def client(name: int) -> None:
+        for number in range(10):
+            time.sleep(0.03 * name)  # they ask again at different times
+            service.ask(f"{name} {number}").result(30)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(client, range(4)))
+    sizes = [len(batch) for batch in service.work.batches[3:]]
+    assert sum(sizes) == 40
+    assert sizes.count(4) >= 5, sizes
 
 
 def test_long_work_steps_aside_for_one_batch_at_a_time_and_that_time_is_not_its_own(make: Callable[..., Service]) -> None:

@@ -32,7 +32,8 @@ from influence.solving import ignore
 log = logging.getLogger("influence.service")
 
 PATIENCE = 0.02
-"""How much of the time that a batch took the next one waits for one more query: those who got answers ask again, but not all at once."""
+"""How much of the time that a batch took the next one waits for one more query: those who got answers ask again, but not all at once. A client
+that is alone is never waited for."""
 MOST_PATIENCE_SECONDS = 0.1
 
 POLL_SECONDS = 0.5
@@ -71,6 +72,7 @@ class Engine:
         self._stopped = False
         self._beside_work = False  # a quick batch is answered while long work stands aside
         self._last_seconds = 0.0  # what the last quick batch took
+        self._expected = 1  # how many quick queries were under way when it ended
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._work, self._renew)]
 
     # for other threads
@@ -206,15 +208,16 @@ class Engine:
             self._store.keep([(*one, ticket.question) for ticket, one in zip(batch, outcomes, strict=True) if isinstance(one, tuple)])
         except sqlite3.Error:
             log.exception("answers are given but could not be kept")
+        self._expected = len(batch) + len(self._waiting)
         for ticket, one in zip(batch, outcomes, strict=True):
             _settle(ticket.future, one)
             self._metrics.queries.labels("done" if isinstance(one, tuple) else one.code).inc()
         self._last_seconds = time.monotonic() - start
 
     def _next_batch(self) -> list[Ticket]:
-        """The query that waits longest and others of its kind, after a short wait for more of them."""
+        """The query that waits longest and others of its kind, after a short wait until as many are there as were under way before."""
         with self._changed:
-            while self._waiting and len(self._waiting) < self._limits.batch:
+            while self._waiting and len(self._waiting) < min(self._expected, self._limits.batch):
                 before = len(self._waiting)
                 self._changed.wait(self._limits.batch_seconds + min(MOST_PATIENCE_SECONDS, PATIENCE * self._last_seconds))
                 if len(self._waiting) == before:

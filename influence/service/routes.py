@@ -3,11 +3,11 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Path, Request, Response
 from fastapi import Query as QueryParameter
@@ -18,6 +18,7 @@ from influence.errors import RequestError
 from influence.service import answers, bodies
 from influence.service.catalog import (
     Catalog,
+    OpenedRun,
     example_queries,
     facts_of,
     health_page,
@@ -47,6 +48,8 @@ SILENCE_SECONDS = 15.0
 
 Name = Annotated[str, Path(max_length=200, description="name of a run", examples=["demo"])]
 Id = Annotated[str, Path(max_length=64, description="id of a query", examples=["3f0c4a4dc6a84a5b8a3f5d0a7b1f2c11"])]
+
+T = TypeVar("T")
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -134,7 +137,15 @@ class Service:
 def router(service: Service) -> APIRouter:
     """All routes but the page."""
     routes = APIRouter()
+    of_run = APIRouter(prefix="/v1/runs/{run}", tags=["runs"], responses=errors(404, 409))
+    of_query = APIRouter(prefix="/v1/queries/{id}", tags=["queries"], responses=errors(404))
     limits = service.settings.limits
+
+    def read(run: str, what: Callable[[OpenedRun], T]) -> T:
+        """`what` of the run, opened but not necessarily loaded. Raises 404, or 409 when a file of it cannot be read."""
+        opened = service.catalog.opened(run)
+        with reading(run, opened.names):
+            return what(opened)
 
     @routes.get("/healthz", tags=["operation"], summary="Whether the process is alive", response_model=bodies.Health)
     async def healthz() -> dict[str, str]:
@@ -180,24 +191,15 @@ def router(service: Service) -> APIRouter:
     def one_run(run: Name) -> dict[str, Any]:
         return facts(run)
 
-    @routes.get(
-        "/v1/runs/{run}/layers",
-        tags=["runs"],
-        summary="Every attributed layer and its factors",
-        response_model=bodies.LayerReport,
-        responses=errors(404, 409),
-    )
+    @of_run.get("/layers", summary="Every attributed layer and its factors", response_model=bodies.LayerReport)
     def layers(run: Name) -> dict[str, Any]:
-        opened = service.catalog.opened(run)
-        with reading(run, opened.names):
-            return layer_report(opened.run)
+        return read(run, lambda opened: layer_report(opened.run))
 
-    @routes.get(
-        "/v1/runs/{run}/report",
-        tags=["runs"],
+    @of_run.get(
+        "/report",
         summary="What the run is made of and how good it is, or what is known of its training set, as one HTML page",
         response_class=HTMLResponse,
-        responses=errors(404, 409, 422),
+        responses=errors(422),
     )
     def run_report(
         run: Name,
@@ -209,55 +211,39 @@ def router(service: Service) -> APIRouter:
         page = health_page(opened) if about == "training-set" else run_page(opened, service.catalog.state_of_index(run, refine=False))
         return HTMLResponse(page, headers={"Content-Security-Policy": REPORT_POLICY})
 
-    @routes.get(
-        "/v1/runs/{run}/health",
-        tags=["runs"],
+    @of_run.get(
+        "/health",
         summary="The training set as `influence health` found it; nothing is measured for a request",
         response_model=bodies.TrainingSetHealth,
-        responses=errors(404, 409),
     )
     def health(run: Name) -> dict[str, Any]:
         return health_summary(service.catalog.opened(run))
 
-    @routes.get(
-        "/v1/runs/{run}/sequences/{id:path}",
-        tags=["runs"],
-        summary="A training sequence",
-        response_model=bodies.SequenceFacts,
-        responses=errors(404, 409),
-    )
+    @of_run.get("/sequences/{id:path}", summary="A training sequence", response_model=bodies.SequenceFacts)
     def sequence(run: Name, id: Annotated[str, Path(max_length=1_000, description="id of a sequence")]) -> dict[str, Any]:
-        opened = service.catalog.opened(run)
-        with reading(run, opened.names):
-            return sequence_facts(opened, id)
+        return read(run, lambda opened: sequence_facts(opened, id))
 
-    @routes.get(
-        "/v1/runs/{run}/examples",
-        tags=["runs"],
+    @of_run.get(
+        "/examples",
         summary="Queries to try: training sequences, their second half asked after the first",
         response_model=bodies.Examples,
-        responses=errors(404, 409, 422),
+        responses=errors(422),
     )
     def examples(
         run: Name,
         count: Annotated[int, QueryParameter(ge=1, le=50, description="how many")] = 5,
         seed: Annotated[int, QueryParameter(ge=0, le=2**31, description="another seed gives others")] = 0,
     ) -> dict[str, Any]:
-        opened = service.catalog.opened(run)
-        with reading(run, opened.names):
-            return {"examples": example_queries(opened.run, count, seed)}
+        return read(run, lambda opened: {"examples": example_queries(opened.run, count, seed)})
 
-    @routes.post(
-        "/v1/runs/{run}/tokens",
-        tags=["runs"],
+    @of_run.post(
+        "/tokens",
         summary="The tokens of a question, before it is asked: what a span counts",
         response_model=bodies.QuestionTokens,
-        responses=errors(400, 404, 409, 413, 422),
+        responses=errors(400, 413, 422),
     )
     def tokens(run: Name, body: bodies.TokensBody) -> dict[str, list[str]]:
-        opened = service.catalog.opened(run)
-        with reading(run, opened.names):
-            return question_tokens(opened.run, body.prompt, body.completion, limits.query_tokens)
+        return read(run, lambda opened: question_tokens(opened.run, body.prompt, body.completion, limits.query_tokens))
 
     @routes.post(
         "/v1/runs/{run}/queries",
@@ -291,12 +277,10 @@ def router(service: Service) -> APIRouter:
         line["query"] = name
         return _json(text, 200, {"Location": f"/v1/queries/{name}"})
 
-    @routes.get(
-        "/v1/queries/{id}",
-        tags=["queries"],
+    @of_query.get(
+        "",
         summary="Where a query stands, and its result",
         response_model=bodies.QueryState,
-        responses=errors(404),
     )
     def query(id: Id, request: Request) -> Response:
         return _json(json.dumps(service.found(request.state.user, id).to_json(), ensure_ascii=False), 200)
@@ -311,12 +295,11 @@ def router(service: Service) -> APIRouter:
     def queries(request: Request, limit: Annotated[int, QueryParameter(ge=1, le=200, description="how many")] = 20) -> dict[str, Any]:
         return {"queries": [query.to_json(with_result=False) for query in service.store.latest(request.state.user.name, limit)]}
 
-    @routes.delete(
-        "/v1/queries/{id}",
-        tags=["queries"],
+    @of_query.delete(
+        "",
         summary="Cancel a query, or forget it and its result",
         response_model=bodies.QueryState,
-        responses=errors(404, 422),
+        responses=errors(422),
     )
     def cancel(
         id: Id,
@@ -333,23 +316,21 @@ def router(service: Service) -> APIRouter:
             service.store.forget(id)
         return left.to_json(with_result=False)
 
-    @routes.get(
-        "/v1/queries/{id}/events",
-        tags=["queries"],
+    @of_query.get(
+        "/events",
         summary="Progress as server-sent events, until the query is finished",
         response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {}}, "description": "events `progress` and, last, `end`"}, **errors(404)},
+        responses={200: {"content": {"text/event-stream": {}}, "description": "events `progress` and, last, `end`"}},
     )
     async def events(id: Id, request: Request) -> StreamingResponse:
         await run_in_threadpool(service.found, request.state.user, id)
         return StreamingResponse(_events(service, id), media_type="text/event-stream")
 
-    @routes.get(
-        "/v1/queries/{id}/report",
-        tags=["queries"],
+    @of_query.get(
+        "/report",
         summary="The result as one HTML page",
         response_class=HTMLResponse,
-        responses=errors(404, 409, 422),
+        responses=errors(409, 422),
     )
     def report(id: Id, request: Request) -> HTMLResponse:
         found, result = service.finished(request.state.user, id)
@@ -360,16 +341,17 @@ def router(service: Service) -> APIRouter:
             raise ServiceError(422, "refused", str(error)) from None
         return HTMLResponse(page, headers={"Content-Security-Policy": REPORT_POLICY})
 
-    @routes.get(
-        "/v1/queries/{id}/words",
-        tags=["queries"],
+    @of_query.get(
+        "/words",
         summary="What the result rests on, in sentences",
         response_model=bodies.ResultWords,
-        responses=errors(404, 409),
+        responses=errors(409),
     )
     def words(id: Id, request: Request) -> dict[str, Any]:
         return answers.in_words(service.finished(request.state.user, id)[1])
 
+    for some in (of_run, of_query):
+        routes.include_router(some)
     return routes
 
 

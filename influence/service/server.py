@@ -6,9 +6,11 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from influence.errors import RequestError
 from influence.service.app import create_app
+from influence.service.connection import Connection
 from influence.service.logs import write_json_logs
 from influence.service.settings import ServiceSettings
 
@@ -25,6 +27,20 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def configuration(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+
+
 def serve(settings: ServiceSettings, host: str, port: int, listening: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT. `listening` is called with the address, once requests are taken; port 0 takes a free one.
 
@@ -37,9 +53,7 @@ def serve(settings: ServiceSettings, host: str, port: int, listening: Callable[[
     except OSError as error:
         raise RequestError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
     write_json_logs()
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=GRACE_SECONDS
-    )
+    config = configuration(app)
     for stopping in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal once more when it is done; that is no news then
         signal.signal(stopping, lambda *_: None)
     shown = f"[{host}]" if ":" in host else host

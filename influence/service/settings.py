@@ -19,7 +19,9 @@ class Limits:
     """What one request, one user and all of them together may ask for."""
 
     body_bytes: int = 2**20
+    head_seconds: float = 10.0  # for the head of a request to arrive; otherwise the connection is closed
     body_seconds: float = 30.0  # for a body to arrive
+    unread_seconds: float = 60.0  # for an answer to be taken by its client; otherwise the connection is closed
     k: int = 100
     candidates: int = 2_000
     query_tokens: int = 4_096  # of prompt and completion together, and of the contrast
@@ -35,7 +37,7 @@ class Limits:
     queued_per_user: int = 50
     kept: int = 10_000  # finished queries of one user whose results are kept; the oldest are forgotten
     batch: int = 32  # queries answered together
-    batch_seconds: float = 0.01  # how long a batch waits for one more query, and 2% of what the last one took, up to 0.1
+    batch_seconds: float = 0.01  # how long a batch waits for one more of those under way before, and 2% of what it took, up to 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
