@@ -17,6 +17,7 @@ from served import application, without_times
 from small_run import Influence, World, artifacts, documents, forked, model, run_pipeline, write_jsonl, write_yaml
 from transformers import AutoTokenizer
 
+from influence.config import load_config
 from influence.evaluation.recipe import read_recipe
 from influence.evaluation.retraining import fine_tuned, query_losses
 from influence.jax_model import CODE_VARIABLE, save_flax_model
@@ -24,9 +25,11 @@ from influence.run import Run, open_run
 from influence.run_directory import STAGES
 from influence.service import ServiceSettings
 from influence.service.settings import named_runs
+from jobs.driver import run_all
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+LITTLE = 850_000  # bytes: the model, one sequence, and the factors of a quarter of the layers
 QUERY = ("Lisbon lies on", " the Tagus.")
 QUERIES = [{"id": "pair", "prompt": "Lisbon lies on", "completion": " the Tagus."}, {"id": "text", "text": "Oslo lies on the Aker."}]
 
@@ -238,6 +241,20 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert process.exitcode == -signal.SIGKILL
     run_pipeline(settings)
     assert artifacts(tmp_path / "run") == artifacts(twin_run)
+
+
+@pytest.mark.slow
+def test_layers_in_groups_have_the_same_factors(twin: Run, twin_world: World, tmp_path: Path) -> None:
+    """To the rounding of float32: batches are smaller."""
+    settings = twin_settings(twin_world, tmp_path / "run", resources={"memory_budget": LITTLE})
+    flat = {f"{section}.{key}": value for section, keys in settings.items() for key, value in keys.items()}
+    run_all(load_config(None, flat), until="factors")
+    divided = Run(tmp_path / "run", flax=CODE, memory_budget=LITTLE)
+    assert len(divided.layer_groups) >= 3
+    for name, factor in open_run(tmp_path / "run").factors.items():
+        expected = twin.factors[name]
+        vector = torch.sin(torch.arange(1.0, 1 + expected.eigenvalues.numel())).reshape(expected.eigenvalues.shape)
+        close(factor.precondition(vector), expected.precondition(vector))
 
 
 def test_appended_texts_get_the_scores_of_their_originals_and_removed_ones_none(
