@@ -19,14 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.backend import Backend, Products
 from ekfac.jax_compiled import Apply, Output, Parameters, compiled
+from ekfac.jax_devices import Layout, laid_out
 from ekfac.jax_layers import Site, coverage
 from ekfac.jax_records import record
 from ekfac.jax_shapes import padded_positions, padded_sequences
@@ -75,7 +75,7 @@ class JaxModel(Backend):
         self.config = SimpleNamespace(max_position_embeddings=longest, **config)
         self.has_values = not any(isinstance(value, jax.ShapeDtypeStruct) for value in parameters.values())
         with _precision(any(value.dtype == jnp.float64 for value in parameters.values())):
-            values, self.batches = _laid_out(parameters, batches) if self.has_values else (dict(parameters), None)
+            values, self.layout = laid_out(parameters, batches) if self.has_values else (dict(parameters), Layout(batches=None))
             for name, value in values.items():
                 _register(self, name, to_torch(value) if self.has_values else _without_values(value))
         self._kept = {name: _Kept(value=values[name], state=_state(parameter)) for name, parameter in self.named_parameters()}
@@ -106,7 +106,7 @@ class JaxModel(Backend):
     def _value(self, name: str, parameter: Tensor) -> jax.Array:
         kept = self._kept.get(name)
         # What torch may change while it is computed with is copied.
-        return kept.value if kept is not None and kept.state == _state(parameter) else self._everywhere(parameter.detach().clone())
+        return kept.value if kept is not None and kept.state == _state(parameter) else self.layout.everywhere(parameter.detach().clone())
 
     # as a model
 
@@ -278,7 +278,7 @@ class JaxModel(Backend):
             raise ValueError(f"the mask has the shape {tuple(mask.shape)}, but the model sees {tuple(tape.given[0].shape[:-1])} positions")
         found = torch.autograd.grad(value, tape.given, allow_unused=True, materialize_grads=True)
         with self._precision(), torch.no_grad():
-            padded = tuple(self._placed(padded_to(gradient, shape)) for gradient, shape in zip(found, tape.shapes, strict=True))
+            padded = tuple(self.layout.dealt_out(padded_to(gradient, shape)) for gradient, shape in zip(found, tape.shapes, strict=True))
             gradients = self.compiled.backward(tape.pull, padded)
             tape.pull = None
             inputs, outputs = all_to_torch(tape.seen), all_to_torch(gradients)
@@ -294,15 +294,15 @@ class JaxModel(Backend):
             inputs = self._padded(tokens)
             predicting = torch.zeros(inputs.shape[:2], dtype=torch.float32)
             predicting[: len(tokens), : tokens.shape[1] - 1] = weights[:, 1:].cpu()
-            given = {name: self._everywhere(padded_to(value, (room, *value.shape[1:]))) for name, value in tangents.items()}
-            found = self._differentiated(self.compiled.product, self.values, inputs, self._placed(predicting), given)
+            given = {name: self.layout.everywhere(padded_to(value, (room, *value.shape[1:]))) for name, value in tangents.items()}
+            found = self._differentiated(self.compiled.product, self.values, inputs, self.layout.dealt_out(predicting), given)
             products = {name: value[:num_queries] for name, value in all_to_torch(found).items()}
         return self.as_vectors(layers, products)
 
     def directional(self, layers: Sequence[Layer], tokens: Tensor, vector: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         tangents = self.as_parameters(layers, vector)
         with self._precision():
-            given = {name: self._everywhere(value) for name, value in tangents.items()}
+            given = {name: self.layout.everywhere(value) for name, value in tangents.items()}
             logits, change = self._differentiated(self.compiled.derivative, self.values, self._padded(tokens), given)
             return self._cut(to_torch(logits), tokens), self._cut(to_torch(change), tokens)
 
@@ -339,48 +339,14 @@ class JaxModel(Backend):
         if self._found is None:
             self._trace(tuple(inputs.shape[1:]), inputs.dtype)
         shape = list(inputs.shape)
-        shape[0] = padded_sequences(shape[0], multiple_of=self._spread())
+        shape[0] = padded_sequences(shape[0], multiple_of=self.layout.spread)
         if self._has_positions:
             shape[1] = padded_positions(shape[1], self.longest)
         with self._precision():
-            return self._placed(padded_to(inputs, shape))
+            return self.layout.dealt_out(padded_to(inputs, shape))
 
     def _cut(self, values: Tensor, like: Tensor) -> Tensor:
         return values[: len(like), : like.shape[1]] if self._has_positions else values[: len(like)]
-
-    def _spread(self) -> int:
-        """Over how many devices the sequences of a batch are dealt out."""
-        if self.batches is None or not self.batches.spec or self.batches.spec[0] is None:
-            return 1
-        axes = self.batches.spec[0]
-        return prod(self.batches.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
-
-    def _placed(self, values: Tensor) -> jax.Array:
-        found = to_jax(values)
-        return found if self.batches is None else jax.device_put(found, self.batches)
-
-    def _everywhere(self, values: Tensor) -> jax.Array:
-        found = to_jax(values)
-        return found if self.batches is None else jax.device_put(found, NamedSharding(self.batches.mesh, PartitionSpec()))
-
-
-def _laid_out(parameters: Parameters, batches: NamedSharding | None) -> tuple[dict[str, jax.Array], NamedSharding | None]:
-    """The parameters where they are computed with, and how batches are laid over the devices; None with one device."""
-    values = {name: jnp.asarray(parameters[name]) for name in sorted(parameters)}
-    meshes = [
-        value.sharding.mesh for value in values.values() if isinstance(value.sharding, NamedSharding) and len(value.sharding.device_set) > 1
-    ]
-    if batches is None and meshes:
-        batches = NamedSharding(meshes[0], PartitionSpec())
-    if batches is None and len(jax.local_devices()) > 1:
-        batches = NamedSharding(Mesh(np.array(jax.local_devices()), ("sequences",)), PartitionSpec("sequences"))
-    if batches is not None:
-        everywhere = NamedSharding(batches.mesh, PartitionSpec())
-        values = {
-            name: value if value.sharding.device_set == batches.device_set else jax.device_put(value, everywhere)
-            for name, value in values.items()
-        }
-    return values, batches
 
 
 class _ByWeights(torch.autograd.Function):
@@ -397,7 +363,7 @@ class _ByWeights(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradient: Tensor) -> Any:
         with _precision(gradient[0].dtype == torch.float64):
-            whole = context.model._placed(padded_to(gradient[0], context.shape))
+            whole = context.model.layout.dealt_out(padded_to(gradient[0], context.shape))
             found = all_to_torch(context.model.compiled.backward(context.pull, whole))
         return None, None, None, *(found[name] for name in context.names)
 

@@ -12,7 +12,7 @@ import flax_twins
 import numpy as np
 import pytest
 import torch
-from conftest import padded_batch
+from conftest import padded_batch, tiny_model
 from flax.traverse_util import unflatten_dict
 from flax_twins import CODE, VOCABULARY, flax_parameters, stacked, torch_twin
 from torch import Tensor, nn
@@ -186,6 +186,14 @@ def test_shares_by_output_token_are_inner_products_with_each_tokens_own_gradient
 
 
 def test_parameters_and_vectors_are_two_forms_of_the_same(model: nn.Module) -> None:
+    assert_two_forms(model)
+
+
+def test_parameters_and_vectors_are_two_forms_of_the_same_in_every_architecture(architecture: str) -> None:
+    assert_two_forms(tiny_model(architecture))
+
+
+def assert_two_forms(model: nn.Module) -> None:
     layers = layers_of(model)
     own = as_vectors(model, layers, dict(model.named_parameters()))
     assert sum(vector.numel() for vector in own.values()) == sum(p.numel() for p in model.parameters())
