@@ -36,6 +36,9 @@ def nnx_model(module: nnx.Module, *, call: Callable[[Any, Any], Any] | None = No
         for path, inner in nnx.iter_graph(copy):
             if isinstance(inner, nnx.Module):
                 setattr(inner, _PATH, ".".join(map(str, path)))
+                if isinstance(inner, nnx.Embed) and inner.dtype == inner.param_dtype:
+                    # Alone among the layers it keeps the type that its table had when it was made, also where the model was moved to another.
+                    inner.dtype = inner.embedding.get_value().dtype
                 blocks += [type(inner)] if "__call__" in vars(type(inner)) else []
         with _marking(blocks):
             return copy(inputs) if call is None else call(copy, inputs)

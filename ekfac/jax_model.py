@@ -19,26 +19,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ekfac.backend import Backend, Products
+from ekfac.jax_compiled import Apply, Output, Parameters, compiled
+from ekfac.jax_devices import Layout, laid_out
 from ekfac.jax_layers import Site, coverage
 from ekfac.jax_records import record
-from ekfac.jax_tape import OUTPUT, Place, multiplications, places, run
+from ekfac.jax_shapes import padded_positions, padded_sequences
+from ekfac.jax_tape import Place, multiplications, places
 from ekfac.jax_torch import all_to_torch, padded_to, to_jax, to_torch
+from ekfac.jax_vectors import as_parameters, as_vectors
 from ekfac.layers import Coverage, Layer
 from ekfac.record import Record
-
-Parameters = Mapping[str, jax.Array]
-Apply = Callable[[Parameters, jax.Array], jax.Array]
-"""(parameters by name, inputs [N, T, …]) → outputs [N, T, V], each sequence's its own; or [N, …] → [N, V], where there are no positions."""
-
-_Output = tuple[str, tuple[int, ...]]
-"""The key of a mark, and the steps of the scans around it."""
 
 
 @dataclass(kw_only=True)
@@ -79,21 +75,17 @@ class JaxModel(Backend):
         self.config = SimpleNamespace(max_position_embeddings=longest, **config)
         self.has_values = not any(isinstance(value, jax.ShapeDtypeStruct) for value in parameters.values())
         with _precision(any(value.dtype == jnp.float64 for value in parameters.values())):
-            values, self.batches = _laid_out(parameters, batches) if self.has_values else (dict(parameters), None)
+            values, self.layout = laid_out(parameters, batches) if self.has_values else (dict(parameters), Layout(batches=None))
             for name, value in values.items():
                 _register(self, name, to_torch(value) if self.has_values else _without_values(value))
         self._kept = {name: _Kept(value=values[name], state=_state(parameter)) for name, parameter in self.named_parameters()}
         self._tape: _Tape | None = None
-        self._watched: OrderedDict[int, tuple[_Output, Callable[[Tensor], None]]] = OrderedDict()
+        self._watched: OrderedDict[int, tuple[Output, Callable[[Tensor], None]]] = OrderedDict()
         self._example: tuple[tuple[int, ...], Any] | None = None
         self._found: tuple[list[Place], tuple[int, ...]] | None = None
         self._sites: dict[str, Site] = {}
-        self._logits = jax.jit(jax.vmap(self._alone, in_axes=(None, 0)))
-        self._forward = jax.jit(self._taped, static_argnames=("keys", "output"))
-        self._backward = jax.jit(lambda pull, gradient: pull(gradient)[0])
-        self._moved = jax.jit(self._by_weights)
-        self._product = jax.jit(self._gauss_newton)
-        self._derivative = jax.jit(self._directional)
+        self._covered: tuple[Site, ...] = ()
+        self.compiled = compiled(apply)
 
     def __deepcopy__(self, memo: Any) -> "JaxModel":
         """With parameters of its own; what is compiled is shared."""
@@ -114,58 +106,7 @@ class JaxModel(Backend):
     def _value(self, name: str, parameter: Tensor) -> jax.Array:
         kept = self._kept.get(name)
         # What torch may change while it is computed with is copied.
-        return kept.value if kept is not None and kept.state == _state(parameter) else self._everywhere(parameter.detach().clone())
-
-    # what is compiled
-
-    def _alone(self, parameters: Parameters, inputs: jax.Array) -> jax.Array:
-        return self.apply_function(parameters, inputs[None])[0]
-
-    def _taped(self, parameters: Parameters, inputs: jax.Array, keys: tuple[str, ...], output: _Output | None) -> Any:
-        """The logits and the output that is asked for, what pulls their gradients back to the layers' outputs, and what went into the layers."""
-        traced = jax.make_jaxpr(self.apply_function)(parameters, inputs[:1])
-        tapped = {place.mark.key: place for place in places(traced.jaxpr) if place.mark.side == "out" and place.mark.key in keys}
-        axes = {key: len(place.lengths) for key, place in tapped.items()}
-        zeros = {key: jnp.zeros((*place.lengths, len(inputs), *place.shape), place.dtype) for key, place in tapped.items()}
-
-        def one(taps: Any, sequence: jax.Array) -> Any:
-            arguments = [*jax.tree.leaves(parameters), sequence[None]]
-            (logits,), seen = run(traced.jaxpr, traced.consts, arguments, taps, output and output[0])
-            if output is None:
-                return (logits[0],), seen
-            asked = seen.pop(OUTPUT)[output[1]]
-            return (logits[0], asked.reshape(len(sequence), asked.shape[-1])), seen
-
-        batched = jax.vmap(one, in_axes=(axes, 0), out_axes=(0, axes))
-        return jax.vjp(lambda taps: batched(taps, inputs), zeros, has_aux=True)
-
-    def _by_weights(self, parameters: Parameters, inputs: jax.Array, weights: Parameters) -> Any:
-        """The logits, and what pulls their gradient back to the weights."""
-        logits, _ = self._of_weights(parameters, inputs, ())
-        return jax.vjp(logits, weights)
-
-    def _of_weights(self, parameters: Parameters, inputs: jax.Array, names: Sequence[str]) -> tuple[Any, dict[str, jax.Array]]:
-        def logits(weights: Parameters) -> jax.Array:
-            found = jax.vmap(self._alone, in_axes=(None, 0))({**parameters, **weights}, inputs)
-            return found.astype(jnp.promote_types(found.dtype, jnp.float32))
-
-        return logits, {name: parameters[name] for name in names}
-
-    def _gauss_newton(self, parameters: Parameters, inputs: jax.Array, predicting: jax.Array, tangents: Parameters) -> Any:
-        logits, weights = self._of_weights(parameters, inputs, list(tangents))
-        values, change = jax.linearize(logits, weights)
-        pull = jax.linear_transpose(change, weights)
-        probabilities, weight = jax.nn.softmax(values), predicting[:, :, None]
-
-        def product(tangent: Parameters) -> Any:
-            changed = change(tangent)
-            return pull(weight * probabilities * (changed - (probabilities * changed).sum(-1, keepdims=True)))[0]
-
-        return jax.vmap(product)(tangents)
-
-    def _directional(self, parameters: Parameters, inputs: jax.Array, tangents: Parameters) -> Any:
-        logits, weights = self._of_weights(parameters, inputs, list(tangents))
-        return jax.jvp(logits, (weights,), ({name: tangents[name] for name in weights},))
+        return kept.value if kept is not None and kept.state == _state(parameter) else self.layout.everywhere(parameter.detach().clone())
 
     # as a model
 
@@ -181,7 +122,7 @@ class JaxModel(Backend):
             given = dict(self.named_parameters())
             return SimpleNamespace(logits=_ByWeights.apply(self, input_ids, names, *(given[name] for name in names)))  # type: ignore[no-untyped-call]
         with self._precision():
-            return SimpleNamespace(logits=self._cut(to_torch(self._logits(self.values, self._padded(input_ids))), input_ids))
+            return SimpleNamespace(logits=self._cut(to_torch(self.compiled.logits(self.values, self._padded(input_ids))), input_ids))
 
     def on_output(self, name: str, hook: Callable[[Tensor], None]) -> RemovableHandle:
         if name not in self._outputs():
@@ -195,14 +136,14 @@ class JaxModel(Backend):
     def output_names(self) -> list[str]:
         return list(self._outputs())
 
-    def _outputs(self) -> dict[str, _Output]:
+    def _outputs(self) -> dict[str, Output]:
         """What can be asked for: the outputs, one vector for each position, of layers and of places, by name with the steps of scans."""
         if self._found is None:
             self._trace_some_tokens()
         assert self._found is not None
         assert self._example is not None
         (length, *_), _ = self._example
-        found: dict[str, _Output] = {}
+        found: dict[str, Output] = {}
         twice: set[str] = set()
         for place in self._found[0]:
             vectors = len(place.shape) > 1 and prod(place.shape[:-1]) == length and place.obstacle is None
@@ -223,7 +164,7 @@ class JaxModel(Backend):
             raise ValueError("the loss calls the model twice: it must call it once")
         ((output, hook),) = self._watched.values() or ((None, None),)
         with self._precision():
-            given, tape.pull, tape.seen = self._forward(self.values, self._padded(inputs), keys=tuple(sorted(tape.places)), output=output)
+            given, tape.pull, tape.seen = self.compiled.forward(self.values, self._padded(inputs), tuple(sorted(tape.places)), output)
             tape.shapes = tuple(one.shape for one in given)
             tape.given = tuple(self._cut(to_torch(one), inputs).requires_grad_(self._tape is not None) for one in given)
         if hook is not None:
@@ -246,7 +187,9 @@ class JaxModel(Backend):
                 run(self)
         assert self._example is not None
         self._trace(*self._example)
-        return self._judged(patterns)
+        covered = self._judged(patterns)
+        self._covered = tuple(self._sites[layer.name] for layer in covered.layers)
+        return covered
 
     def _trace_some_tokens(self) -> None:
         self._trace((min(8, self.longest or 8),), torch.int64)
@@ -317,9 +260,8 @@ class JaxModel(Backend):
     def capture(self, layers: Sequence[Layer], loss: Callable[[], Tensor], mask: Tensor, consume: Callable[[Layer, Record], None]) -> float:
         sites = {layer.name: self._site(layer) for layer in layers}
         assert self._found is not None
-        # Scales always: they cost little, and the passes with and without them are one compilation.
-        tapping = [*sites.values(), *(site for site in self._sites.values() if site.layer.kind == "scale")]
-        keys = {key for site in tapping for key in site.uses}
+        # All that are covered, so that passes over some of them, and without scales, are one compilation.
+        keys = {key for site in (*sites.values(), *self._covered) for key in site.uses}
         tapped = {place.mark.key: place for place in self._found[0] if place.mark.side == "out" and place.mark.key in keys}
         tape = self._tape = _Tape(places=tapped)
         try:
@@ -336,8 +278,8 @@ class JaxModel(Backend):
             raise ValueError(f"the mask has the shape {tuple(mask.shape)}, but the model sees {tuple(tape.given[0].shape[:-1])} positions")
         found = torch.autograd.grad(value, tape.given, allow_unused=True, materialize_grads=True)
         with self._precision(), torch.no_grad():
-            padded = tuple(self._placed(padded_to(gradient, shape)) for gradient, shape in zip(found, tape.shapes, strict=True))
-            gradients = self._backward(tape.pull, padded)
+            padded = tuple(self.layout.dealt_out(padded_to(gradient, shape)) for gradient, shape in zip(found, tape.shapes, strict=True))
+            gradients = self.compiled.backward(tape.pull, padded)
             tape.pull = None
             inputs, outputs = all_to_torch(tape.seen), all_to_torch(gradients)
             for layer in reversed(layers):
@@ -347,21 +289,21 @@ class JaxModel(Backend):
     def gauss_newton(self, layers: Sequence[Layer], tokens: Tensor, weights: Tensor, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         num_queries = len(next(iter(vectors.values())))
         tangents = self.as_parameters(layers, vectors)
-        room = _step_up(num_queries)
+        room = padded_sequences(num_queries)
         with self._precision():
             inputs = self._padded(tokens)
             predicting = torch.zeros(inputs.shape[:2], dtype=torch.float32)
             predicting[: len(tokens), : tokens.shape[1] - 1] = weights[:, 1:].cpu()
-            given = {name: self._everywhere(padded_to(value, (room, *value.shape[1:]))) for name, value in tangents.items()}
-            found = self._differentiated(self._product, self.values, inputs, self._placed(predicting), given)
+            given = {name: self.layout.everywhere(padded_to(value, (room, *value.shape[1:]))) for name, value in tangents.items()}
+            found = self._differentiated(self.compiled.product, self.values, inputs, self.layout.dealt_out(predicting), given)
             products = {name: value[:num_queries] for name, value in all_to_torch(found).items()}
         return self.as_vectors(layers, products)
 
     def directional(self, layers: Sequence[Layer], tokens: Tensor, vector: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         tangents = self.as_parameters(layers, vector)
         with self._precision():
-            given = {name: self._everywhere(value) for name, value in tangents.items()}
-            logits, change = self._differentiated(self._derivative, self.values, self._padded(tokens), given)
+            given = {name: self.layout.everywhere(value) for name, value in tangents.items()}
+            logits, change = self._differentiated(self.compiled.derivative, self.values, self._padded(tokens), given)
             return self._cut(to_torch(logits), tokens), self._cut(to_torch(change), tokens)
 
     @staticmethod
@@ -382,38 +324,10 @@ class JaxModel(Backend):
         return site.weight, site.bias
 
     def as_parameters(self, layers: Sequence[Layer], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for layer in layers:
-            site, vector = self._site(layer), vectors[layer.name]
-            matrix = vector[..., 0] if layer.kind == "scale" else vector[..., : layer.inputs]
-            parts = {site.weight: matrix.mT if site.transposed else matrix} | ({site.bias: vector[..., -1]} if site.bias else {})
-            leading = vector.shape[:-2]
-            for name, part in parts.items():
-                shape = self.get_parameter(name).shape
-                whole = found.setdefault(name, part.new_zeros((*leading, *shape)))
-                _step_of(whole, len(leading), site.index).copy_(part.reshape(*leading, *shape[len(site.index) :]))
-        return found
+        return as_parameters(map(self._site, layers), vectors, self._shapes())
 
     def as_vectors(self, layers: Sequence[Layer], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for layer in layers:
-            site = self._site(layer)
-            matrix, leading = self._part(site, site.weight, parameters)
-            if layer.kind == "scale":
-                matrix = matrix[..., None]
-            elif site.transposed:
-                matrix = matrix.reshape(*leading, layer.inputs, layer.outputs).mT
-            if site.bias is not None:
-                bias, leading = self._part(site, site.bias, parameters)
-                matrix = torch.cat([matrix, bias.reshape(*leading, layer.outputs, 1)], -1)
-            found[layer.name] = matrix
-        return found
-
-    def _part(self, site: Site, name: str, parameters: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, ...]]:
-        """The layer's own part of a parameter with further leading dimensions, and the sizes of these."""
-        whole = parameters[name]
-        num_leading = whole.ndim - self.get_parameter(name).ndim
-        return _step_of(whole, num_leading, site.index), tuple(whole.shape[:num_leading])
+        return as_vectors(map(self._site, layers), parameters, self._shapes())
 
     # between torch and JAX
 
@@ -424,50 +338,15 @@ class JaxModel(Backend):
         """The inputs in one of few shapes: zeros after the sequences, and further sequences of zeros."""
         if self._found is None:
             self._trace(tuple(inputs.shape[1:]), inputs.dtype)
-        sequences = -(-_step_up(len(inputs)) // self._spread()) * self._spread()
-        shape = tuple(inputs.shape[1:])
+        shape = list(inputs.shape)
+        shape[0] = padded_sequences(shape[0], multiple_of=self.layout.spread)
         if self._has_positions:
-            positions = _quarter_step_up(shape[0])
-            shape = (max(shape[0], min(positions, self.longest or positions)), *shape[1:])
+            shape[1] = padded_positions(shape[1], self.longest)
         with self._precision():
-            return self._placed(padded_to(inputs, (sequences, *shape)))
+            return self.layout.dealt_out(padded_to(inputs, shape))
 
     def _cut(self, values: Tensor, like: Tensor) -> Tensor:
         return values[: len(like), : like.shape[1]] if self._has_positions else values[: len(like)]
-
-    def _spread(self) -> int:
-        """Over how many devices the sequences of a batch are dealt out."""
-        if self.batches is None or not self.batches.spec or self.batches.spec[0] is None:
-            return 1
-        axes = self.batches.spec[0]
-        return prod(self.batches.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
-
-    def _placed(self, values: Tensor) -> jax.Array:
-        found = to_jax(values)
-        return found if self.batches is None else jax.device_put(found, self.batches)
-
-    def _everywhere(self, values: Tensor) -> jax.Array:
-        found = to_jax(values)
-        return found if self.batches is None else jax.device_put(found, NamedSharding(self.batches.mesh, PartitionSpec()))
-
-
-def _laid_out(parameters: Parameters, batches: NamedSharding | None) -> tuple[dict[str, jax.Array], NamedSharding | None]:
-    """The parameters where they are computed with, and how batches are laid over the devices; None with one device."""
-    values = {name: jnp.asarray(parameters[name]) for name in sorted(parameters)}
-    meshes = [
-        value.sharding.mesh for value in values.values() if isinstance(value.sharding, NamedSharding) and len(value.sharding.device_set) > 1
-    ]
-    if batches is None and meshes:
-        batches = NamedSharding(meshes[0], PartitionSpec())
-    if batches is None and len(jax.local_devices()) > 1:
-        batches = NamedSharding(Mesh(np.array(jax.local_devices()), ("sequences",)), PartitionSpec("sequences"))
-    if batches is not None:
-        everywhere = NamedSharding(batches.mesh, PartitionSpec())
-        values = {
-            name: value if value.sharding.device_set == batches.device_set else jax.device_put(value, everywhere)
-            for name, value in values.items()
-        }
-    return values, batches
 
 
 class _ByWeights(torch.autograd.Function):
@@ -477,15 +356,15 @@ class _ByWeights(torch.autograd.Function):
     def forward(context: Any, model: JaxModel, inputs: Tensor, names: Sequence[str], *_: Tensor) -> Tensor:
         with model._precision():
             values = model.values
-            logits, context.pull = model._moved(values, model._padded(inputs), {name: values[name] for name in names})
+            logits, context.pull = model.compiled.moved(values, model._padded(inputs), {name: values[name] for name in names})
             context.model, context.names, context.shape = model, names, logits.shape
             return model._cut(to_torch(logits), inputs)
 
     @staticmethod
     def backward(context: Any, *gradient: Tensor) -> Any:
         with _precision(gradient[0].dtype == torch.float64):
-            whole = context.model._placed(padded_to(gradient[0], context.shape))
-            found = all_to_torch(context.model._backward(context.pull, whole))
+            whole = context.model.layout.dealt_out(padded_to(gradient[0], context.shape))
+            found = all_to_torch(context.model.compiled.backward(context.pull, whole))
         return None, None, None, *(found[name] for name in context.names)
 
 
@@ -511,22 +390,3 @@ def _without_values(value: Any) -> Tensor:
 def _state(parameter: Tensor) -> tuple[int, int, torch.dtype]:
     """What differs when the parameter's values do."""
     return parameter.data_ptr(), parameter._version, parameter.dtype
-
-
-def _step_up(count: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …"""
-    power: int = 1 << max(0, count - 1).bit_length()
-    return power * 3 // 4 if count <= power * 3 // 4 and power >= 4 else power
-
-
-def _quarter_step_up(count: int) -> int:
-    """The next of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, …: four steps from a power of two to the next."""
-    step: int = max(8, 1 << max(0, count.bit_length() - 3))
-    return -(-count // step) * step
-
-
-def _step_of(values: Tensor, dimension: int, index: Sequence[int]) -> Tensor:
-    """A view of these steps of scans, whose dimensions begin at the given one."""
-    for step in index:
-        values = values.select(dimension, step)
-    return values

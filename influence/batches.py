@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ekfac import BLOCK_NUMBERS, Layer, SequenceBatch, key_of
+from ekfac import BLOCK_NUMBERS, Backend, Layer, SequenceBatch, key_of
+from ekfac.jax_shapes import padded_positions, padded_sequences
 from influence.errors import RequestError
 from influence.sequences import TrainingSequence
 
@@ -29,6 +30,7 @@ class BatchCosts:
 
     bytes_per_token: int
     bytes_per_sequence: int
+    padded: bool = False  # to few shapes, as a model of JAX has its batches
 
     def bytes_of(self, num_tokens: int, num_sequences: int = 1) -> int:
         return num_tokens * self.bytes_per_token + num_sequences * self.bytes_per_sequence
@@ -43,6 +45,8 @@ class BatchBudget(BatchCosts):
 
     def fits(self, num_sequences: int, num_positions: int) -> bool:
         """Whether such a batch may be made; one sequence may, however long, if it fits into memory."""
+        if self.padded:
+            num_sequences, num_positions = padded_sequences(num_sequences), padded_positions(num_positions)
         tokens = num_sequences * num_positions
         return (num_sequences == 1 or tokens <= self.max_tokens) and self.bytes_of(tokens, num_sequences) <= self.memory_bytes
 
@@ -71,21 +75,26 @@ class MemoryUse(BatchCosts):
         return self.model_bytes + max(factor_bytes([layer]) for layer in self.layers) + self.bytes_of(sequence_length)
 
 
-def memory_use(layers: Sequence[Layer], model_bytes: int, vocabulary: int) -> MemoryUse:
-    """The memory of a model with these layers."""
+def memory_use(layers: Sequence[Layer], model_bytes: int, vocabulary: int, *, padded: bool = False) -> MemoryUse:
+    """The memory of a model with these layers.
+
+    Counted are records of all layers twice over: a model of JAX has them all at once, beside what its backward pass needs; for others it is what
+    autograd keeps.
+    """
     width = sum(_numbers_per_token(layer) for layer in layers)
     return MemoryUse(
         layers=tuple(layers),
         model_bytes=model_bytes,
         bytes_per_token=4 * (2 * width + 4 * vocabulary),
         bytes_per_sequence=4 * 3 * max(min(layer.shape[0] * layer.shape[1], BLOCK_NUMBERS) for layer in layers),
+        padded=padded,
     )
 
 
 def model_memory(model: nn.Module, layers: Sequence[Layer]) -> MemoryUse:
     """`memory_use` of this model, which may be one without weights."""
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    return memory_use(layers, model_bytes, int(getattr(model.config, "vocab_size", 0)))
+    return memory_use(layers, model_bytes, int(getattr(model.config, "vocab_size", 0)), padded=isinstance(model, Backend))
 
 
 def layer_groups(use: MemoryUse, memory_budget: int, sequence_length: int, device: str) -> list[tuple[Layer, ...]]:
@@ -127,6 +136,7 @@ def budget_beside(use: MemoryUse, groups: Sequence[Sequence[Layer]], memory_budg
         memory_bytes=memory_budget - use.model_bytes - max(map(factor_bytes, groups)),
         bytes_per_token=use.bytes_per_token,
         bytes_per_sequence=use.bytes_per_sequence,
+        padded=use.padded,
     )
 
 

@@ -64,6 +64,12 @@ class ModelConfig(Section):
             raise ValueError("quantized weights have no gradient: quantize needs an adapter, whose parameters are attributed")
         return self
 
+    @model_validator(mode="after")
+    def adapters_of_torch(self) -> "ModelConfig":
+        if self.flax is not None and self.adapter is not None:
+            raise ValueError("a Flax model takes no PEFT adapter: give the model whose parameters are to be attributed whole")
+        return self
+
 
 class DataConfig(Section):
     """The training data of that model."""

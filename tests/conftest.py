@@ -150,6 +150,30 @@ def base(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def twin_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The world with its model in Flax."""
+    import flax_twins  # which imports JAX: other tests need not wait for it
+
+    return flax_twins.twin_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def twin_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run of the model in Flax. Never to be changed."""
+    import flax_twins
+
+    return flax_twins.finished_twin(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import flax_twins
+
+    with flax_twins.quick_compilation(tmp_path_factory):
+        yield
+
+
 @pytest.fixture(params=list(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -1,6 +1,6 @@
 """Twins: tiny transformers in Flax with the weights of models in torch, parameter by parameter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from small_run import World, run_pipeline, small_world
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from influence.jax_model import save_flax_model
-from influence.run import Run
 
 WIDTH, HEADS, POSITIONS, VOCABULARY = 12, 3, 20, 37
 
@@ -107,10 +106,74 @@ class Twin(nn.Module):
         return Transformer(self.sizes, self.layout, name="transformer")(tokens)
 
 
+def sizes_of(settings: dict[str, Any]) -> Sizes:
+    """From a GPT-2's config.json."""
+    return Sizes(settings["n_embd"], settings["n_head"], settings["n_positions"], settings["vocab_size"], settings["n_layer"])
+
+
 def linen_twin(settings: dict[str, Any]) -> Twin:
     """For the settings of a GPT-2 in its config.json."""
-    sizes = Sizes(settings["n_embd"], settings["n_head"], settings["n_positions"], settings["vocab_size"], settings["n_layer"])
-    return Twin(sizes, settings.get("layout", "plain"))
+    return Twin(sizes_of(settings), settings.get("layout", "plain"))
+
+
+class NnxAttention(nnx.Module):
+    def __init__(self, sizes: Sizes, rngs: nnx.Rngs) -> None:
+        self.heads = sizes.heads
+        self.c_attn = nnx.Linear(sizes.width, 3 * sizes.width, rngs=rngs)
+        self.c_proj = nnx.Linear(sizes.width, sizes.width, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.c_proj(attention(x, self.c_attn(x), self.heads))
+
+
+class NnxMlp(nnx.Module):
+    def __init__(self, sizes: Sizes, rngs: nnx.Rngs) -> None:
+        self.c_fc = nnx.Linear(sizes.width, 4 * sizes.width, rngs=rngs)
+        self.c_proj = nnx.Linear(4 * sizes.width, sizes.width, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.c_proj(nnx.gelu(self.c_fc(x)))
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, sizes: Sizes, rngs: nnx.Rngs) -> None:
+        self.ln_1 = nnx.LayerNorm(sizes.width, epsilon=1e-5, rngs=rngs)
+        self.attn = NnxAttention(sizes, rngs)
+        self.ln_2 = nnx.LayerNorm(sizes.width, epsilon=1e-5, rngs=rngs)
+        self.mlp = NnxMlp(sizes, rngs)
+
+    def __call__(self, x: Any) -> Any:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class NnxTransformer(nnx.Module):
+    def __init__(self, sizes: Sizes, rngs: nnx.Rngs) -> None:
+        self.wte = nnx.Embed(sizes.vocabulary, sizes.width, rngs=rngs)
+        self.wpe = nnx.Embed(sizes.positions, sizes.width, rngs=rngs)
+        self.h = nnx.List([NnxBlock(sizes, rngs) for _ in range(sizes.num_layers)])
+        self.ln_f = nnx.LayerNorm(sizes.width, epsilon=1e-5, rngs=rngs)
+
+    def __call__(self, tokens: Any) -> Any:
+        x = self.wte(tokens) + self.wpe(jnp.arange(tokens.shape[1])[None])
+        for block in self.h:
+            x = block(x)
+        return self.wte.attend(self.ln_f(x))
+
+
+class NnxTwin(nnx.Module):
+    """As `Twin`, its blocks one by one."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.transformer = NnxTransformer(sizes, nnx.Rngs(0))
+
+    def __call__(self, tokens: Any) -> Any:
+        return self.transformer(tokens)
+
+
+def nnx_twin(settings: dict[str, Any]) -> NnxTwin:
+    """As `linen_twin`."""
+    return NnxTwin(sizes_of(settings))
 
 
 def torch_twin(dtype: torch.dtype = torch.float64, sizes: Sizes = Sizes()) -> GPT2LMHeadModel:
@@ -164,23 +227,33 @@ def twin_world(factory: pytest.TempPathFactory) -> World:
     return World(model=directory / "model", data=world.data)
 
 
-def finished_twin(factory: pytest.TempPathFactory) -> Run:
-    """The session's finished run of the twin, never to be changed; made on the first call."""
+def finished_twin(factory: pytest.TempPathFactory) -> Path:
+    """The session's finished run of the twin; made on the first call."""
     directory, world = factory.getbasetemp() / "flax-finished", twin_world(factory)
     if not directory.exists():
-        run_pipeline(world.settings(directory, model={"name": str(world.model), "flax": CODE}))
-    return Run(directory, flax=CODE)
+        with quick_compilation(factory):
+            run_pipeline(twin_settings(world, directory))
+    return directory
 
 
-@contextmanager
-def quick_compilation(factory: pytest.TempPathFactory) -> Iterator[None]:
+def twin_settings(world: World, directory: Path, **changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run of the twin."""
+    return world.settings(directory, model={"flax": CODE}, **changes)
+
+
+def compilation_settings(factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Little optimization, and every compilation kept for the next model of the same shapes: compilation is most of the time."""
-    settings = {
+    return {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(factory.getbasetemp() / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
+
+
+@contextmanager
+def quick_compilation(factory: pytest.TempPathFactory) -> Iterator[None]:
+    settings = compilation_settings(factory)
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)

@@ -66,16 +66,6 @@ def test_products_over_some_layers_are_that_block() -> None:
     )
 
 
-def test_parameters_and_vectors_are_two_forms_of_the_same(architecture: str) -> None:
-    model = tiny_model(architecture)
-    layers = layers_of(model)
-    own = as_vectors(model, layers, dict(model.named_parameters()))
-    assert sum(vector.numel() for vector in own.values()) == sum(p.numel() for p in model.parameters())
-    back = as_parameters(model, layers, own)
-    assert set(back) == {name for name, _ in model.named_parameters()}
-    assert all(torch.equal(back[name], parameter) for name, parameter in model.named_parameters())
-
-
 @pytest.mark.parametrize("damping", [pytest.param(1e-2, marks=pytest.mark.slow), 1.0])
 def test_conjugate_gradients_solve_the_damped_system_for_all_queries_at_once(damping: float) -> None:
     model, batch = tiny_model("gpt2"), padded_batch(lengths=(5, 4), num_positions=5)

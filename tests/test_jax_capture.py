@@ -362,7 +362,7 @@ def test_batches_of_many_shapes_are_few_compilations() -> None:
         some = padded_batch(lengths=(length,) * sequences, num_positions=length)
         some = SequenceBatch(tokens=some.tokens % VOCABULARY, counted=some.counted, keys=some.keys)
         capture(model, layers, lambda some=some: true_label_loss(model, some), some.reached, lambda layer, record: None)  # type: ignore[misc]
-    assert model._forward._cache_size() == model._backward._cache_size() == 2  # 3 and 4 sequences of 16
+    assert model.compiled.forward._cache_size() == model.compiled.backward._cache_size() == 2  # 3 and 4 sequences of 16
 
 
 def refused(apply: Callable[..., Any], parameters: Any) -> str:

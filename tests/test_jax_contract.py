@@ -12,9 +12,9 @@ import flax_twins
 import numpy as np
 import pytest
 import torch
-from conftest import padded_batch
+from conftest import padded_batch, tiny_model
 from flax.traverse_util import unflatten_dict
-from flax_twins import POSITIONS, VOCABULARY, Twin, flax_parameters, stacked, torch_twin
+from flax_twins import CODE, VOCABULARY, flax_parameters, stacked, torch_twin
 from torch import Tensor, nn
 
 from ekfac import (
@@ -33,13 +33,14 @@ from ekfac import (
     token_loss_derivatives,
     true_label_loss,
 )
-from ekfac.flax_linen import linen_model
 from influence.attribution import AttributedModel, function_values, query_gradients
 from influence.batches import BatchBudget, collate
+from influence.config import ModelConfig
 from influence.directions import direction
 from influence.evaluation.pbrf import in_float64, response
 from influence.evaluation.retraining import RetrainingSettings, fine_tuned, query_losses
 from influence.evaluation.tailpatch import patched
+from influence.jax_model import load_flax, save_flax_model
 from influence.measurement import Measurement
 from influence.sequences import TrainingSequence
 
@@ -52,13 +53,16 @@ def wide() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=["torch", "scanned", pytest.param("plain", marks=pytest.mark.slow)])
-def model(request: pytest.FixtureRequest) -> nn.Module:
+@pytest.fixture(scope="module", params=["torch", "scanned", pytest.param("nnx", marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    twin = torch_twin()
     if request.param == "torch":
-        return torch_twin()
-    parameters = flax_parameters(torch_twin())
-    parameters = stacked(parameters) if request.param == "scanned" else parameters
-    return linen_model(Twin(layout=request.param), {"params": unflatten_dict(parameters, sep=".")}, longest=POSITIONS)
+        return twin
+    code, parameters, settings = CODE, stacked(flax_parameters(twin)), {**twin.config.to_dict(), "layout": "scanned"}
+    if request.param == "nnx":
+        code, parameters = CODE.replace("linen_twin", "nnx_twin"), flax_parameters(twin)
+    place = save_flax_model(tmp_path_factory.mktemp("model"), unflatten_dict(parameters, sep="."), settings)
+    return load_flax(ModelConfig(name=str(place), flax=code, dtype="float64"))  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +186,14 @@ def test_shares_by_output_token_are_inner_products_with_each_tokens_own_gradient
 
 
 def test_parameters_and_vectors_are_two_forms_of_the_same(model: nn.Module) -> None:
+    assert_two_forms(model)
+
+
+def test_parameters_and_vectors_are_two_forms_of_the_same_in_every_architecture(architecture: str) -> None:
+    assert_two_forms(tiny_model(architecture))
+
+
+def assert_two_forms(model: nn.Module) -> None:
     layers = layers_of(model)
     own = as_vectors(model, layers, dict(model.named_parameters()))
     assert sum(vector.numel() for vector in own.values()) == sum(p.numel() for p in model.parameters())

@@ -18,7 +18,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ekfac", "indexing", "influence", "jobs")  # a package imports from those to its left and from itself
 
-IN_JAX = ("ekfac.jax_marks", "ekfac.jax_tape", "ekfac.jax_torch", "ekfac.jax_model", "ekfac.flax_linen", "ekfac.flax_nnx")
+IN_JAX = (
+    *("ekfac.jax_compiled", "ekfac.jax_devices", "ekfac.jax_marks", "ekfac.jax_model", "ekfac.jax_tape", "ekfac.jax_torch"),
+    *("ekfac.flax_linen", "ekfac.flax_nnx"),
+)
 
 # Who may import what. A name on the right is a package or a module with everything below it.
 ONLY_IN = {
