@@ -1,16 +1,20 @@
 """Near-duplicates: sequences whose rows point the same way, so that a ranking can show them as one, and a training set be cleaned of them."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array, vstack
 from scipy.sparse.csgraph import connected_components
 
-from indexing.rows import RowShards
+from indexing.rows import RowFormat, RowShards
 
 ALIKE = 0.95
 """From which cosine of whitened gradients on two sequences are duplicates."""
+
+SPARSE_ALIKE = 0.8
+"""The same of what two sparse rows of 8 KiB keep: they lose what only one of them keeps. Of 1 KiB, it stands for a cosine of .87."""
 
 SKETCH_BYTES = 512
 WORD_BYTES = 8
@@ -25,19 +29,20 @@ def group_duplicates(rows: RowShards, numbers: Sequence[int], count: int) -> lis
     agree is 1 - angle / π.
     """
     groups: list[list[int]] = []
-    firsts = np.empty((count, rows.format.length), dtype=np.float32)
+    firsts: csr_array | NDArray[np.float32] | None = None
     for place, number in enumerate(numbers):
-        own = _unit(rows.format.decode(rows.take(np.array([number]))))
-        cosines = firsts[: len(groups)] @ own[0]
+        own = _units(rows, np.array([number]))
+        cosines: NDArray[Any] = np.zeros(0) if firsts is None else _dense(firsts @ own.T)[:, 0]
         if rows.format.encoding == "bit":
             cosines = np.sin(np.pi / 2 * np.clip(cosines, -1, 1))
-        if len(cosines) and cosines.max() >= ALIKE:
+        if len(cosines) and cosines.max() >= _alike(rows.format):
             groups[int(cosines.argmax())].append(place)
         elif len(groups) == count:
             break
         else:
-            firsts[len(groups)] = own[0]
             groups.append([place])
+            together = vstack if isinstance(own, csr_array) else np.concatenate
+            firsts = own if firsts is None else together([firsts, own])
     return groups
 
 
@@ -50,8 +55,9 @@ def all_duplicates(rows: RowShards, allowed: NDArray[np.bool_]) -> list[NDArray[
     rows, with a probability of .12, and those of one of 64 orders with .9997.
     """
     numbers, sketch = _sketches(rows, allowed)
-    pairs = np.unique(np.concatenate([np.zeros((0, 2), dtype=np.int64), *_neighbours(sketch)]), axis=0)
-    alike = [pairs[some][_cosines(rows, *numbers[pairs[some]].T) >= ALIKE] for some in _parts(len(pairs))]
+    least = _alike(rows.format)
+    pairs = np.unique(np.concatenate([np.zeros((0, 2), dtype=np.int64), *_neighbours(sketch, least)]), axis=0)
+    alike = [pairs[some][_cosines(rows, *numbers[pairs[some]].T) >= least] for some in _parts(len(pairs))]
     linked = np.concatenate([np.zeros((0, 2), dtype=np.int64), *alike])
     graph = coo_array((np.ones(len(linked), dtype=np.int8), (linked[:, 0], linked[:, 1])), shape=(len(numbers), len(numbers)))
     _, labels = connected_components(graph, directed=False)
@@ -72,10 +78,10 @@ def _sketches(rows: RowShards, allowed: NDArray[np.bool_]) -> tuple[NDArray[np.i
     return np.concatenate(kept_numbers), np.pad(signs, ((0, 0), (0, max(0, WORD_BYTES - signs.shape[1]))))
 
 
-def _neighbours(sketch: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
+def _neighbours(sketch: NDArray[np.uint8], least: float) -> Iterator[NDArray[np.int64]]:
     """Pairs [P, 2] of places whose sketches are neighbours in some order, and alike."""
     num_bytes = sketch.shape[1]
-    share = np.arccos(ALIKE) / np.pi
+    share = np.arccos(least) / np.pi
     most = 8 * num_bytes * share + 4 * np.sqrt(8 * num_bytes * share * (1 - share))  # four standard deviations of a sketch
     draw = np.random.default_rng(0)
     for _ in range(ORDERS):
@@ -93,14 +99,25 @@ def _cosines(rows: RowShards, left: NDArray[np.int64], right: NDArray[np.int64])
     if rows.format.encoding == "bit":
         signs = [rows.take(side)[:, :-4] for side in (left, right)]
         return np.asarray(np.cos(np.pi * np.bitwise_count(signs[0] ^ signs[1]).sum(1) / rows.format.length))
-    ours, theirs = (_unit(rows.format.decode(rows.take(side))) for side in (left, right))
-    return np.asarray((ours * theirs).sum(1, dtype=np.float64))
+    ours, theirs = (_units(rows, side) for side in (left, right))
+    return np.asarray((ours * theirs).sum(1, dtype=np.float64)).ravel()
 
 
 def _parts(count: int) -> Iterator[slice]:
     return (slice(first, min(first + PAIRS_AT_ONCE, count)) for first in range(0, count, PAIRS_AT_ONCE))
 
 
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return (rows / np.where(norms > 0, norms, 1)).astype(np.float32)
+def _alike(row_format: RowFormat) -> float:
+    return SPARSE_ALIKE if row_format.encoding == "sparse" else ALIKE
+
+
+def _units(rows: RowShards, numbers: NDArray[np.int64]) -> csr_array | NDArray[np.float32]:
+    """The rows of these numbers, each divided by its norm."""
+    codes = rows.take(numbers)
+    decoded = rows.format.sparse.decode(codes) if rows.format.encoding == "sparse" else rows.format.decode(codes)
+    norms = np.sqrt(np.asarray((decoded * decoded).sum(1))).reshape(-1, 1)
+    return decoded * (1 / np.where(norms > 0, norms, 1)).astype(np.float32)
+
+
+def _dense(products: csr_array | NDArray[np.float32]) -> NDArray[np.float32]:
+    return products.toarray() if isinstance(products, csr_array) else products

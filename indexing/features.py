@@ -31,17 +31,18 @@ class LayerBuckets:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """How rows are made: each layer's buckets, and the seed of the random signs."""
+    """How rows are made: each layer's buckets, the seed of the random signs, and whether a layer's buckets are mixed, until they are even."""
 
     layers: tuple[LayerBuckets, ...]
     seed: int
+    mixed: bool = True
 
     @property
     def row_length(self) -> int:
         return sum(layer.width for layer in self.layers)
 
 
-def feature_spec(layers: Sequence[Layer], row_weights: Mapping[str, float], row_length: int, seed: int) -> FeatureSpec:
+def feature_spec(layers: Sequence[Layer], row_weights: Mapping[str, float], row_length: int, seed: int, mixed: bool = True) -> FeatureSpec:
     """Buckets in proportion to `LayerFactors.row_weight`, at least one a layer and never more than a layer has coordinates.
 
     Rows are shorter than `row_length` when the layers have fewer coordinates in all. Raises ValueError when there are more layers than buckets.
@@ -56,7 +57,7 @@ def feature_spec(layers: Sequence[Layer], row_weights: Mapping[str, float], row_
         LayerBuckets(name=layer.name, shape=layer.shape, start=int(start), width=int(width))
         for layer, start, width in zip(layers, starts, widths, strict=True)
     ]
-    return FeatureSpec(layers=tuple(buckets), seed=seed)
+    return FeatureSpec(layers=tuple(buckets), seed=seed, mixed=mixed)
 
 
 def _shares(weights: NDArray[np.float64], limits: NDArray[np.int64], total: int) -> NDArray[np.int64]:
@@ -81,16 +82,18 @@ class Spreader:
     buckets as coordinates is neither shrunk nor spread, so that nothing is approximated. Signs depend on (seed, layer name, coordinate) alone.
     """
 
-    def __init__(self, buckets: LayerBuckets, seed: int, factor: LayerFactors) -> None:
+    def __init__(self, buckets: LayerBuckets, spec: FeatureSpec, factor: LayerFactors) -> None:
         outputs, inputs = buckets.shape
+        self.mixed = spec.mixed
         self.start, self.width = buckets.start, buckets.width
         self.exact = buckets.width == outputs * inputs
         self.stride = _stride(inputs, buckets.width)
         self.inverse = factor.inverse()
         self.weights = self.inverse.sqrt()
-        if not self.exact:
+        if not (self.exact and self.mixed):
             self.weights *= factor.retained().sqrt()
-            for rows, signs in _random_signs(buckets, seed):
+        if not self.exact:
+            for rows, signs in _random_signs(buckets, spec.seed):
                 self.weights[rows] *= signs.to(self.weights.device)
         self.weights = self.weights.float()
 
@@ -112,7 +115,10 @@ class Spreader:
             own.index_add_(1, places.flatten(), (gradients.to(own.dtype) * weights).flatten(1))
 
     def place(self, own: Tensor, made: Tensor) -> None:
-        """Writes the layer's finished range into rows [N, D]: its Hartley transform Re F - Im F, F the orthonormal Fourier transform."""
+        """Writes the layer's finished range into rows [N, D]: its Hartley transform Re F - Im F, F the orthonormal Fourier transform, if mixed."""
+        if not self.mixed:
+            made[:, self.start : self.start + self.width] = own
+            return
         spectrum = torch.fft.fft(own, norm="ortho")
         made[:, self.start : self.start + self.width] = spectrum.real - spectrum.imag
 
@@ -152,7 +158,7 @@ def _stride(inputs: int, width: int) -> int:
 
 def spreaders(spec: FeatureSpec, factors: Mapping[str, LayerFactors]) -> dict[str, Spreader]:
     """The `Spreader` of every layer that has factors, by layer name, on their device."""
-    return {buckets.name: Spreader(buckets, spec.seed, factors[buckets.name]) for buckets in spec.layers if buckets.name in factors}
+    return {buckets.name: Spreader(buckets, spec, factors[buckets.name]) for buckets in spec.layers if buckets.name in factors}
 
 
 def feature_rows(

@@ -1,4 +1,4 @@
-"""Rows as bytes: three encodings, and shards of them in `.npy` files, memory-mapped, which together are one table in the order of the shards.
+"""Rows as bytes: four encodings, and shards of them in `.npy` files, memory-mapped, which together are one table in the order of the shards.
 
 Knows nothing of what the rows mean.
 """
@@ -12,11 +12,16 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from torch import Tensor
 
-Encoding = Literal["float16", "int8", "bit"]
+from indexing.sparse import SparseFormat, folded
+
+Encoding = Literal["float16", "int8", "bit", "sparse"]
 
 SCALE_BYTES = 4
+SPARSE_LENGTH = 2**20
+SPARSE_NUMBERS_PER_BYTE = 128
 LARGEST = 1e18
 """Beyond which scales, and products with them, leave float32."""
 
@@ -26,16 +31,25 @@ class RowFormat:
     """How a row x of `length` numbers is stored.
 
     float16: as it is. int8: round(x / s) with s = max|x| / 127, and s. bit: the signs of x, and s = ‖x‖² / ‖x‖₁, with which ⟨q, s·sign(x)⟩ has
-    the right size for a q that points along x (RaBitQ, arXiv 2405.12497). The scale s is the row's last four bytes, a float32.
+    the right size for a q that points along x (RaBitQ, arXiv 2405.12497). The scale s is the row's last four bytes, a float32. sparse: the
+    largest numbers, as many as `most_bytes` hold (`indexing.sparse`).
     """
 
     encoding: Encoding
     length: int
+    most_bytes: int = 0
+
+    @cached_property
+    def sparse(self) -> SparseFormat:
+        """Of a sparse row."""
+        return SparseFormat.within(self.most_bytes, self.length)
 
     @property
     def bytes_per_row(self) -> int:
         if self.encoding == "float16":
             return 2 * self.length
+        if self.encoding == "sparse":
+            return self.sparse.bytes_per_row
         return SCALE_BYTES + (self.length if self.encoding == "int8" else -(-self.length // 8))
 
     def encode(self, rows: Tensor) -> NDArray[np.uint8]:
@@ -51,6 +65,8 @@ class RowFormat:
             )
         if self.encoding == "float16":
             return stored.view(np.uint8)
+        if self.encoding == "sparse":
+            return self.sparse.encode(values)
         if self.encoding == "int8":
             scales = np.abs(values).max(axis=1) / 127
             quantized = np.rint(values / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8).view(np.uint8)
@@ -63,6 +79,9 @@ class RowFormat:
             return np.ascontiguousarray(codes).view(np.float16).astype(np.float32)
         if self.encoding == "int8":
             return codes[:, : self.length].view(np.int8) * self.scales(codes)[:, None]
+        if self.encoding == "sparse":
+            dense: NDArray[np.float32] = self.sparse.decode(codes).toarray()
+            return dense
         bits = np.unpackbits(codes[:, :-SCALE_BYTES], axis=1, count=self.length, bitorder="little")
         return (2 * bits.astype(np.float32) - 1) * self.scales(codes)[:, None]
 
@@ -71,25 +90,32 @@ class RowFormat:
         return np.ascontiguousarray(codes[:, -SCALE_BYTES:]).view(np.float32)[:, 0]
 
     def sketch(self, codes: NDArray[np.uint8], most_bytes: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """The signs of the numbers that `sketched_numbers` gives, packed [N, ≤ most_bytes], and a scale [N] for them."""
+        """The signs of `sketched` rows, packed [N, ≤ most_bytes], and a scale [N] for them."""
         if self.encoding == "bit":
             return np.ascontiguousarray(codes[:, :-SCALE_BYTES][:, :: self._stride(most_bytes)]), self.scales(codes)
-        values = np.pad(self.decode(codes), ((0, 0), (0, -self.length % 8)))[:, self.sketched_numbers(most_bytes)]
+        values = self.sketched(self.sparse.decode(codes) if self.encoding == "sparse" else self.decode(codes), most_bytes)
         return _signs(values), _sign_scale(values)
 
-    def sketched_numbers(self, most_bytes: int) -> NDArray[np.int64]:
-        """Which numbers of a row, padded by zeros to a multiple of eight, a sketch keeps: evenly spaced groups of eight."""
+    def sketched(self, rows: NDArray[np.float32] | csr_array, most_bytes: int) -> NDArray[np.float32]:
+        """Rows [N, D], of which the signs are a sketch, [N, ≤ 8 most_bytes]: of mixed rows evenly spaced groups of eight numbers, padded by zeros;
+        sparse ones are folded and mixed."""
+        if self.encoding == "sparse":
+            return folded(rows, min(8 * most_bytes, 8 * -(-self.length // 8)))
         groups = np.arange(0, -(-self.length // 8), self._stride(most_bytes))
-        return (8 * groups[:, None] + np.arange(8)).ravel()
+        kept = (8 * groups[:, None] + np.arange(8)).ravel()
+        return np.ascontiguousarray(np.pad(rows, ((0, 0), (0, -self.length % 8)))[:, kept])
 
     def _stride(self, most_bytes: int) -> int:
         return max(1, -(-self.length // (8 * most_bytes)))
 
 
 def row_length_within(encoding: Encoding, bytes_per_row: int) -> int:
-    """How many numbers a row of at most so many bytes holds."""
+    """How many numbers a row of at most so many bytes has; a sparse one keeps few of them."""
     if encoding == "float16":
         return bytes_per_row // 2
+    if encoding == "sparse":
+        length = max(SPARSE_LENGTH, SPARSE_NUMBERS_PER_BYTE * bytes_per_row)
+        return length if SparseFormat.within(bytes_per_row, length).kept else 0
     return max(0, bytes_per_row - SCALE_BYTES) * (1 if encoding == "int8" else 8)
 
 
@@ -137,6 +163,11 @@ class RowShards:
             here = order[ends[shard] : ends[shard + 1]]
             taken[here] = self.shards[shard][numbers[here] - self._starts[shard]]
         return taken
+
+    @cached_property
+    def held_sparse(self) -> csr_array:
+        """All rows, which are sparse and few, in memory: eight bytes a kept number."""
+        return self.format.sparse.decode(np.concatenate(self.shards))
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:

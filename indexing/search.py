@@ -63,7 +63,10 @@ class RowIndex:
         return [np.sort(row) for row in self._sketch.search(queries, count, allowed)]  # read from disk in order
 
     def _exact(self, queries: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.float32]:
-        scores = row_scores(queries, self.rows, numbers)
+        if self._sketch is None and self.rows.format.encoding == "sparse":
+            scores = np.asarray((self.rows.held_sparse @ queries.T).T)[:, numbers]
+        else:
+            scores = row_scores(queries, self.rows, numbers)
         return scores if self.weights is None else scores * self.weights[numbers]
 
 
@@ -73,11 +76,12 @@ class _Sketch:
     selects = True
 
     def __init__(self, rows: RowShards, weights: NDArray[np.float32] | None) -> None:
-        self._kept = _Kept(rows.format)
+        self._format = rows.format
         threads = min(_faiss().omp_get_max_threads(), rows.num_rows)
         self._starts = np.linspace(0, rows.num_rows, threads + 1, dtype=np.int64)
-        self._parts = [_rabitq(self._kept.count, SKETCH_QUERY_BITS) for _ in range(threads)]
+        self._parts: list[Any] = []
         for first, signs, scales in _sketches(rows, weights):
+            self._parts = self._parts or [_rabitq(8 * signs.shape[1], SKETCH_QUERY_BITS) for _ in range(threads)]
             for part, start, end in zip(self._parts, self._starts, self._starts[1:], strict=False):
                 own = slice(max(0, start - first), max(0, end - first))
                 if len(scales[own]):
@@ -85,7 +89,7 @@ class _Sketch:
 
     def search(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None) -> list[NDArray[np.int64]]:
         """The numbers of about `count` rows for each query."""
-        sketched, _ = _small(self._kept.of(queries))
+        sketched, _ = _small(self._format.sketched(queries, SKETCH_BYTES))
         with ThreadPoolExecutor(len(self._parts), initializer=_faiss().omp_set_num_threads, initargs=(1,)) as threads:
             parts = list(threads.map(lambda place: self._search_part(place, sketched, count, allowed), range(len(self._parts))))
         numbers = np.concatenate([numbers for _, numbers in parts], axis=1)
@@ -113,30 +117,19 @@ class _GpuSketch:
 
     def __init__(self, rows: RowShards, weights: NDArray[np.float32] | None) -> None:
         faiss = _faiss()
-        self._kept = _Kept(rows.format)
+        self._format = rows.format
         self._resources = faiss.StandardGpuResources()  # must live as long as the index
         settings = faiss.GpuIndexFlatConfig()
         settings.useFloat16 = True
-        self._index = faiss.GpuIndexFlatIP(self._resources, self._kept.count, settings)
+        self._index: Any = None
         for _, signs, scales in _sketches(rows, weights):
+            self._index = self._index or faiss.GpuIndexFlatIP(self._resources, 8 * signs.shape[1], settings)
             self._index.add((2 * np.unpackbits(signs, axis=1, bitorder="little").astype(np.float32) - 1) * scales[:, None])
 
     def search(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None) -> list[NDArray[np.int64]]:
         """The numbers of the best `count` rows, at most 2,048, for each query."""
         assert allowed is None
-        return list(self._index.search(self._kept.of(queries), min(count, GPU_MOST_RESULTS))[1])
-
-
-class _Kept:
-    """Which numbers of a row are in its sketch."""
-
-    def __init__(self, row_format: RowFormat) -> None:
-        self._numbers = row_format.sketched_numbers(SKETCH_BYTES)
-        self._padding = -row_format.length % 8
-        self.count = len(self._numbers)
-
-    def of(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.ascontiguousarray(np.pad(queries, ((0, 0), (0, self._padding)))[:, self._numbers])
+        return list(self._index.search(self._format.sketched(queries, SKETCH_BYTES), min(count, GPU_MOST_RESULTS))[1])
 
 
 def _sketches(rows: RowShards, weights: NDArray[np.float32] | None) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.float32]]]:
@@ -165,12 +158,15 @@ def _rabitq_codes(signs: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDAr
 def row_scores(queries: NDArray[np.float32], rows: RowShards, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
     """The inner product of every query with the rows of these numbers, [Q, len(numbers)]; with bit rows, the query is rounded to eight bits."""
     _check(queries, rows.format.length)
-    step = max(1, 64 * 2**20 // (rows.format.bytes_per_row if rows.format.encoding == "bit" else 4 * rows.format.length))
+    at_once = {"bit": rows.format.bytes_per_row, "sparse": 32 * rows.format.bytes_per_row}.get(rows.format.encoding, 4 * rows.format.length)
+    step = max(1, 64 * 2**20 // max(1, at_once))
     parts = [_scores(queries, rows.take(numbers[first : first + step]), rows.format) for first in range(0, len(numbers), step)]
     return np.concatenate(parts, axis=1) if parts else np.zeros((len(queries), 0), dtype=np.float32)
 
 
 def _scores(queries: NDArray[np.float32], codes: NDArray[np.uint8], row_format: RowFormat) -> NDArray[np.float32]:
+    if row_format.encoding == "sparse":
+        return np.ascontiguousarray((row_format.sparse.decode(codes) @ queries.T).T)
     if row_format.encoding != "bit":
         return queries @ row_format.decode(codes).T
     signs = codes[:, :-4]

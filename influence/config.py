@@ -231,7 +231,8 @@ class IndexConfig(Section):
 
     bytes_per_sequence: Bytes = Field(8192, description="what a sequence's row may cost on disk and in memory")
     encoding: Encoding = Field(
-        "bit", description="how a number of a row is stored: float16, int8 or bit; the fewer bits, the more numbers, which is worth more"
+        "sparse",
+        description="what a row holds: sparse, the largest numbers of the whitened gradient; bit, int8 or float16, all of them spread over fewer",
     )
     seed: int = Field(0, ge=0, description="seed of the random signs that spread whitened gradients into buckets")
     recall_queries: int = Field(
@@ -241,6 +242,11 @@ class IndexConfig(Section):
     @property
     def row_length(self) -> int:
         return row_length_within(self.encoding, self.bytes_per_sequence)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the numbers of a row are made even, as whoever stores all of them wants."""
+        return self.encoding != "sparse"
 
 
 class RunConfig(Section):

@@ -108,7 +108,8 @@ def end_fidelity(exact: NDArray[Any], ranked: NDArray[np.int64]) -> EndFidelity:
 def ndcg_of_wider(exact: NDArray[Any], estimates: NDArray[Any], times: float) -> float:
     """The NDCG@20 to expect of rows `times` as long, from exact scores and estimates [Q, N] of the same sequences.
 
-    An estimate is a share of the exact score, which shrinkage leaves, and an error that falls with the root of the length (`indexing.features`).
+    An estimate is a share of the exact score, which shrinkage leaves, and an error that falls with the root of the length (`indexing.features`): so
+    for rows that are mixed, not for sparse ones.
     """
     known = np.isfinite(exact)
     scores, found = np.where(known, exact, 0), np.where(known, estimates, 0)

@@ -333,7 +333,8 @@ class _Costs:
         self.numbers = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         self.covariances = covariance_sizes(self.layers)
         self.at_once = max(1, min(self.queries, *(queries_at_once(budget, group) for group in self.held_at_once)))
-        self.row = RowFormat(encoding=config.index.encoding, length=min(config.index.row_length, self.numbers))
+        index = config.index
+        self.row = RowFormat(encoding=index.encoding, length=min(index.row_length, self.numbers), most_bytes=index.bytes_per_sequence)
 
     def stages(self) -> list[StagePlan]:
         data, groups, shards, scanned = self.data, self.groups, self.shards, min(self.shards, MOST_SCAN_UNITS)

@@ -277,7 +277,9 @@ class Run:
         summary = artifacts.read_factor_summary(self.path_of("factors"))
         weights = {name: facts["row_weight"] for name, facts in summary.items()}
         try:
-            return feature_spec(self.coverage.layers, weights, self.index_config.row_length, self.index_config.seed)
+            return feature_spec(
+                self.coverage.layers, weights, self.index_config.row_length, self.index_config.seed, self.index_config.mixed
+            )
         except ValueError as error:
             raise RequestError(str(error)) from None
 
@@ -286,9 +288,10 @@ class Run:
         """What scores candidates; keeps no gradient until it is given memory for it."""
         return KeptGradients(self.coverage.layers)
 
-    @property
+    @cached_property
     def row_format(self) -> RowFormat:
-        return RowFormat(encoding=self.index_config.encoding, length=self.features.row_length)
+        config = self.index_config
+        return RowFormat(encoding=config.encoding, length=self.features.row_length, most_bytes=config.bytes_per_sequence)
 
     @cached_property
     def rows(self) -> RowShards:

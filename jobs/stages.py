@@ -349,7 +349,7 @@ def _fidelity(run: Run, _: Config, unit: str) -> Write:
     sample = run.sample(trained)
     estimates = row_scores(rows, run.rows, sample)
     spearman = rank_correlation(exact[:, sample], estimates)
-    wider = {times: ndcg_of_wider(exact[:, sample], estimates, times) for times in WIDER}
+    wider = {times: ndcg_of_wider(exact[:, sample], estimates, times) for times in WIDER if run.features.mixed}
     measured = Fidelity(num_queries=len(queries), spearman=spearman, ends=ends, of_wider=wider)
 
     def write(directory: Path) -> None:

@@ -1,6 +1,8 @@
 """Rows and search: sketches that keep inner products, shards on disk, FAISS against brute force."""
 
+import math
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -12,6 +14,7 @@ from conftest import ARCHITECTURES, padded_batch, tiny_model
 from ekfac import LayerFactors, SequenceBatch, attributable_layers, capture, fit, sequence_gradients, true_label_loss
 from indexing import (
     Encoding,
+    FeatureSpec,
     LayerBuckets,
     RowFormat,
     RowIndex,
@@ -31,7 +34,7 @@ from indexing import (
 )
 from indexing.features import FOLDED_NUMBERS
 
-ENCODINGS: tuple[Encoding, ...] = ("float16", "int8", "bit")
+ENCODINGS: tuple[Encoding, ...] = ("float16", "int8", "bit", "sparse")
 LINEAR = ("*.attn.*", "*.mlp.*")
 
 
@@ -39,7 +42,8 @@ def spreader_of(shape: tuple[int, int], width: int, *, seed: int = 0, start: int
     """Of factors that whiten nothing when no eigenvalues are given: their inverse and their shrinkage are one."""
     eigenvalues = torch.ones(shape) if eigenvalues is None else eigenvalues
     factor = LayerFactors(input_vectors=None, output_vectors=None, eigenvalues=eigenvalues, damping=0.0)
-    return Spreader(LayerBuckets(name="layer", shape=shape, start=start, width=width), seed, factor)
+    buckets = LayerBuckets(name="layer", shape=shape, start=start, width=width)
+    return Spreader(buckets, FeatureSpec(layers=(buckets,), seed=seed), factor)
 
 
 def spread(spreader: Spreader, gradients: torch.Tensor) -> torch.Tensor:
@@ -49,8 +53,13 @@ def spread(spreader: Spreader, gradients: torch.Tensor) -> torch.Tensor:
     return target
 
 
+def format_of(encoding: Encoding, length: int) -> RowFormat:
+    """Sparse rows keep about two in three numbers."""
+    return RowFormat(encoding=encoding, length=length, most_bytes=16 + length)
+
+
 def shards_of(rows: np.ndarray, sizes: list[int], encoding: Encoding = "float16") -> RowShards:
-    row_format = RowFormat(encoding=encoding, length=rows.shape[1])
+    row_format = format_of(encoding, rows.shape[1])
     codes = row_format.encode(torch.from_numpy(rows))
     return RowShards(format=row_format, shards=tuple(np.split(codes, np.cumsum(sizes)[:-1])))
 
@@ -69,7 +78,7 @@ def some_queries(count: int, length: int, seed: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("length", [64, 61, 3])
 def test_decoded_rows_are_the_nearest_that_the_encoding_has(encoding: Encoding, length: int) -> None:
     rows = heavy_tailed_rows(50, length)
-    row_format = RowFormat(encoding=encoding, length=length)
+    row_format = format_of(encoding, length)
     codes = row_format.encode(torch.from_numpy(rows))
     decoded = row_format.decode(codes)
     assert codes.shape == (50, row_format.bytes_per_row)
@@ -79,22 +88,63 @@ def test_decoded_rows_are_the_nearest_that_the_encoding_has(encoding: Encoding, 
         np.testing.assert_allclose(decoded, rows, rtol=2**-11, atol=1e-7)
     elif encoding == "int8":
         assert (np.abs(decoded - rows) <= 0.5001 * largest / 127).all()
-    else:
+    elif encoding == "bit":
         expected = np.sign(rows) * (np.square(rows).sum(1) / np.abs(rows).sum(1))[:, None]
         np.testing.assert_allclose(decoded, expected, rtol=1e-5)
+    else:
+        for kept, row in zip(decoded, rows, strict=True):
+            largest_places = np.argsort(-np.abs(row), kind="stable")[: row_format.sparse.kept]
+            assert set(np.flatnonzero(kept)) == set(largest_places)
+            roots, few = np.sqrt(np.abs(row[largest_places])), -(-row_format.sparse.kept // 8)
+            sizes = np.where(np.arange(len(roots)) < few, roots[:few].mean(), roots[few:].mean() if len(roots) > few else 0)
+            sizes *= (row @ row) / (sizes @ np.abs(row[largest_places]))
+            np.testing.assert_allclose(kept[largest_places], np.sign(row[largest_places]) * sizes, rtol=1e-5)
+    if encoding in ("bit", "sparse"):
         np.testing.assert_allclose((decoded * rows).sum(1), np.square(rows).sum(1), rtol=1e-5)  # a query along x has the right product
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_row_of_zeros_stays_without_influence(encoding: Encoding) -> None:
-    row_format = RowFormat(encoding=encoding, length=20)
+    row_format = format_of(encoding, 20)
     assert np.abs(row_format.decode(row_format.encode(torch.zeros(2, 20)))).max() == 0
 
 
-@pytest.mark.parametrize(("encoding", "size", "length"), [("float16", 1024, 512), ("int8", 1024, 1020), ("bit", 1024, 8160), ("bit", 3, 0)])
+@pytest.mark.parametrize(
+    ("encoding", "size", "length"),
+    [
+        ("float16", 1024, 512),
+        ("int8", 1024, 1020),
+        ("bit", 1024, 8160),
+        ("bit", 3, 0),
+        ("sparse", 1024, 2**20),
+        ("sparse", 2**20, 2**27),
+        ("sparse", 8, 0),
+    ],
+)
 def test_rows_fill_the_bytes_they_may_have(encoding: Encoding, size: int, length: int) -> None:
     assert row_length_within(encoding, size) == length
-    assert RowFormat(encoding=encoding, length=length).bytes_per_row <= max(size, 4)
+    assert RowFormat(encoding=encoding, length=length, most_bytes=size).bytes_per_row <= max(size, 4)
+
+
+@pytest.mark.parametrize(("size", "length"), [(8192, 2**20), (1024, 2**20), (1024, 500_000), (512, 3000), (100, 65), (60, 10**6), (100, 1)])
+def test_sparse_rows_keep_as_much_as_there_is_room_for(size: int, length: int) -> None:
+    found = RowFormat(encoding="sparse", length=length, most_bytes=size).sparse
+    assert found.bytes_per_row <= size
+    assert found.kept == length or replace(found, kept=found.kept + 1).bytes_per_row > size
+    # places, signs and sizes of so many numbers cannot be told by fewer bits than this
+    least = (math.lgamma(length + 1) - math.lgamma(found.kept + 1) - math.lgamma(length - found.kept + 1)) / math.log(2) + 2 * found.kept
+    assert found.kept < 100 or least < 8 * found.bytes_per_row - 64 < 1.2 * least
+
+
+def test_few_numbers_among_zeros_are_all_that_is_kept() -> None:
+    rows = np.zeros((2, 300), dtype=np.float32)
+    rows[0, [3, 200, 299]] = 5, -2, 1
+    rows[1, 7] = -4
+    decoded = format_of("sparse", 300).decode(format_of("sparse", 300).encode(torch.from_numpy(rows)))
+    assert np.flatnonzero(decoded[0]).tolist() == [3, 200, 299]
+    assert np.sign(decoded[0, [3, 200, 299]]).tolist() == [1, -1, 1]
+    assert np.flatnonzero(decoded[1]).tolist() == [7]
+    assert decoded[1, 7] == -4
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -121,7 +171,7 @@ def test_sketch_finds_what_whole_rows_would(encoding: Encoding) -> None:
     queries = some_queries(4, length)
     strength = np.linspace(0, 0.4, 600)[:, None] * rng.permuted(np.ones((600, 1)))
     rows = shards_of((strength * queries[np.arange(600) % 4] + rng.normal(size=(600, length))).astype(np.float32), [100, 500], encoding)
-    assert len(rows.format.sketched_numbers(768)) <= 8 * 768 < length
+    assert rows.format.sketched(queries, 768).shape[1] <= 8 * 768 < length
     index, expected = RowIndex(rows, shortlist=100), exact_search(queries, rows, 10)
     assert recall(index.search(queries, 10).numbers, expected.numbers) == 1
     np.testing.assert_allclose(index.search(queries, 10).scores, expected.scores, rtol=0.02)
@@ -246,7 +296,7 @@ def test_rows_on_disk_are_what_was_written(tmp_path: Path) -> None:
 )
 def test_rows_that_cannot_be_held_are_refused(encoding: Encoding, value: float) -> None:
     with pytest.raises(ValueError, match="row 1"):
-        RowFormat(encoding=encoding, length=2).encode(torch.tensor([[1.0, 2.0], [value, 0.0]]))
+        format_of(encoding, 2).encode(torch.tensor([[1.0, 2.0], [value, 0.0]]))
 
 
 def test_spreading_keeps_inner_products_without_bias() -> None:
@@ -310,7 +360,13 @@ def test_spread_gradients_are_whitened_and_shrunk() -> None:
     buckets = LayerBuckets(name="layer", shape=(5, 7), start=0, width=8)
     factor = LayerFactors(input_vectors=None, output_vectors=None, eigenvalues=eigenvalues, damping=0.3)
     weighted = gradients / (eigenvalues + 0.3).sqrt() * (eigenvalues / (eigenvalues + 0.3)).sqrt()
-    torch.testing.assert_close(spread(Spreader(buckets, 0, factor), gradients), spread(spreader_of((5, 7), 8), weighted))
+    spec = FeatureSpec(layers=(buckets,), seed=0)
+    torch.testing.assert_close(spread(Spreader(buckets, spec, factor), gradients), spread(spreader_of((5, 7), 8), weighted))
+    whole = LayerBuckets(
+        name="layer", shape=(5, 7), start=0, width=35
+    )  # of sparse rows, which leave out most of it, also where there is room
+    made = spread(Spreader(whole, FeatureSpec(layers=(whole,), seed=0, mixed=False), factor), gradients)
+    torch.testing.assert_close(made, weighted.flatten(1))
 
 
 def test_spreading_stays_what_it_is() -> None:

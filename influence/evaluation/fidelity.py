@@ -120,12 +120,14 @@ def _row_scores(
 ) -> list[tuple[Encoding, RowFormat, NDArray[np.float32]]]:
     """By encoding and size: estimates [Q, N] from rows made as the index makes them."""
     weights = {name: facts["row_weight"] for name, facts in artifacts.read_factor_summary(run.path_of("factors")).items()}
-    wanted: list[tuple[Encoding, int]] = [("bit", size) for size in SIZES] + [("int8", 8192), ("float16", 8192), ("float16", 16384)]
+    wanted: list[tuple[Encoding, int]] = [("sparse", size) for size in SIZES]
+    wanted += [("bit", 1024), ("bit", 8192), ("int8", 8192), ("float16", 8192)]
     found = []
     for place, (encoding, size) in enumerate(wanted):
         progress(place, len(wanted))
-        spec = feature_spec(run.coverage.layers, weights, row_length_within(encoding, size), run.index_config.seed)
-        row_format = RowFormat(encoding=encoding, length=spec.row_length)
+        length = row_length_within(encoding, size)
+        spec = feature_spec(run.coverage.layers, weights, length, run.index_config.seed, mixed=encoding != "sparse")
+        row_format = RowFormat(encoding=encoding, length=spec.row_length, most_bytes=size)
         codes, _ = encoded_rows(run, sequences, spec, row_format)
         rows = RowShards(format=row_format, shards=(codes,))
         queries = rows_of_queries(run, measurements, spec)
