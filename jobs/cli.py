@@ -380,9 +380,10 @@ def _print_status(run: Run) -> None:
             f"fidelity of the index to exact EK-FAC, {run.fidelity.num_queries} queries: NDCG@20 {end.ndcg_at_20:.3f}, "
             f"of the exact top 10 {depths}; {end.candidates_for(10)} candidates are reranked for 10 results"
         )
-        if run.fidelity.is_coarse and run.fidelity.of_wider:
+        if run.fidelity.is_coarse:
             size = run.index_config.bytes_per_sequence
             wider = ", ".join(f"{times * size:,} would give about {share:.3f}" for times, share in run.fidelity.of_wider.items())
+            wider = wider or "more would give more"
             console.print(
                 f"the index is coarse for this model: NDCG@20 {end.ndcg_at_20:.3f} with {size:,} bytes a sequence; {wider} "
                 f"(index.bytes_per_sequence; `influence evaluate {run.directory} fidelity` measures it)"

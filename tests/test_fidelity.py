@@ -121,8 +121,11 @@ def test_a_coarse_index_is_told_from_a_good_one() -> None:
 
 
 def test_a_coarse_index_says_what_more_bytes_would_give(world: World, tmp_path: Path, influence: Influence) -> None:
-    settings = world.settings(tmp_path / "run", index={"bytes_per_sequence": 40})
-    run = run_pipeline(settings)
+    sparse = run_pipeline(world.settings(tmp_path / "sparse", index={"bytes_per_sequence": 40}))
+    assert sparse.fidelity is not None
+    assert sparse.fidelity.is_coarse
+    assert "with 40 bytes a sequence; more would give more (index.bytes_per_sequence" in influence("status", tmp_path / "sparse").out
+    run = run_pipeline(world.settings(tmp_path / "run", index={"bytes_per_sequence": 40, "encoding": "bit"}))
     assert run.fidelity is not None
     assert run.fidelity.is_coarse
     assert list(run.fidelity.of_wider) == [2, 4]
@@ -262,7 +265,7 @@ def test_nothing_to_ask_is_refused(world: World, tmp_path: Path, influence: Infl
     run_pipeline(world.settings(tmp_path / "run", index={"recall_queries": 0}))
     influence("evaluate", tmp_path / "run", "fidelity").says("give --queries FILE, for index.recall_queries is 0")
     narrow = world.settings(tmp_path / "narrow", index={"bytes_per_sequence": 5})
-    with pytest.raises(RequestError, match=r"index\.bytes_per_sequence is 5, which in bit is 8 numbers, fewer than the 15 layers"):
+    with pytest.raises(RequestError, match=r"index\.bytes_per_sequence is 5, which in sparse is 0 numbers, fewer than the 15 layers"):
         run_pipeline(narrow)
 
 
@@ -286,7 +289,7 @@ def test_options_of_another_metric_are_refused(arguments: list[str], message: st
     influence("evaluate", finished, *arguments).says(message)
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8", "bit"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "bit", "sparse"])
 def test_every_encoding_makes_a_run(encoding: str, world: World, tmp_path: Path) -> None:
     run = run_pipeline(world.settings(tmp_path / "run", index={"encoding": encoding, "recall_queries": 2}))
     assert run.row_format.bytes_per_row <= 1024

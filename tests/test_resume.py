@@ -247,7 +247,7 @@ def test_settings_may_change_until_something_was_made_with_them(world: World, fi
     other.data.write_text(whole)
     with pytest.raises(RequestError, match=r"no attributable layer matches 'nothing'"):
         run_pipeline(other.settings(tmp_path / "run", factors={"layers": ["nothing"]}))
-    with pytest.raises(RequestError, match=r"index\.bytes_per_sequence is 2, which in bit is 0 numbers, fewer than the 15 layers"):
+    with pytest.raises(RequestError, match=r"index\.bytes_per_sequence is 2, which in sparse is 0 numbers, fewer than the 15 layers"):
         run_pipeline(other.settings(tmp_path / "run", index={"bytes_per_sequence": 2}))
     with pytest.raises(RequestError, match=r"was made with settings\.data\.sequence_length = 32"):
         run_pipeline(other.settings(tmp_path / "run", data={"sequence_length": 16}))
