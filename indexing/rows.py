@@ -22,6 +22,8 @@ Encoding = Literal["float16", "int8", "bit", "sparse"]
 SCALE_BYTES = 4
 SPARSE_LENGTH = 2**20
 SPARSE_NUMBERS_PER_BYTE = 128
+LARGEST_HALF = 65520
+"""What float16 rounds to infinity."""
 LARGEST = 1e18
 """Beyond which scales, and products with them, leave float32."""
 
@@ -55,20 +57,17 @@ class RowFormat:
     def encode(self, rows: Tensor) -> NDArray[np.uint8]:
         """Rows [N, D] as bytes [N, bytes_per_row]. Raises ValueError for a row that is not finite, or too large for float16."""
         values = rows.float().cpu().numpy()
-        with np.errstate(over="ignore"):  # float16 makes infinity of what is too large
-            stored = values.astype(np.float16) if self.encoding == "float16" else values
-        possible = np.isfinite(stored).all(axis=1) & (np.abs(values) < LARGEST).all(axis=1)
-        if not possible.all():
-            number = int(np.flatnonzero(~possible)[0])
-            raise ValueError(
-                f"row {number} of the batch is not finite in {stored.dtype} (its largest entry is {np.abs(values[number]).max():.3g})"
-            )
+        kind, most = (np.float16, LARGEST_HALF) if self.encoding == "float16" else (np.float32, LARGEST)
+        largest = np.array([np.abs(row).max(initial=0) for row in values], dtype=np.float32)
+        if not (largest < most).all():  # nor is nan
+            number = int(np.flatnonzero(~(largest < most))[0])
+            raise ValueError(f"row {number} of the batch is not finite in {kind.__name__} (its largest entry is {largest[number]:.3g})")
         if self.encoding == "float16":
-            return stored.view(np.uint8)
+            return values.astype(np.float16).view(np.uint8)
         if self.encoding == "sparse":
             return self.sparse.encode(values)
         if self.encoding == "int8":
-            scales = np.abs(values).max(axis=1) / 127
+            scales = largest / 127
             quantized = np.rint(values / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8).view(np.uint8)
             return np.concatenate([quantized, _as_bytes(scales)], axis=1)
         return np.concatenate([_signs(values), _as_bytes(_sign_scale(values))], axis=1)

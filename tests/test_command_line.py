@@ -100,7 +100,10 @@ SETTINGS = [
     ({"resources": {"memory_budget": "tiny"}}, "resources.memory_budget: "),
     ({"data": {"sequence_length": POSITIONS + 1}}, f"data.sequence_length is 33, but the model has {POSITIONS} positions: lower it"),
     ({"factors": {"layers": "nothing*"}}, "no attributable layer matches 'nothing*'; there are 15, such as: transformer.wte"),
-    ({"index": {"bytes_per_sequence": 2}}, "index.bytes_per_sequence is 2, which in sparse is 0 numbers, fewer than the 15 layers: raise it"),
+    (
+        {"index": {"bytes_per_sequence": 2}},
+        "index.bytes_per_sequence is 2, which in sparse is 0 numbers, fewer than the 15 layers: raise it",
+    ),
     (
         {"resources": {"memory_budget": "1KiB"}},
         "memory_budget is too small: the model, the factors of its largest layer and one sequence need",
