@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,7 +129,7 @@ def _sign_scale(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return scale
 
 
-def _as_bytes(scales: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _as_bytes(scales: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     return scales.astype(np.float32)[:, None].view(np.uint8)
 
 
