@@ -5,16 +5,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array, csr_array, vstack
+from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from indexing.rows import RowFormat, RowShards
+from indexing.rows import RowShards
 
 ALIKE = 0.95
 """From which cosine of whitened gradients on two sequences are duplicates."""
-
-SPARSE_ALIKE = 0.8
-"""The same of what two sparse rows of 8 KiB keep: they lose what only one of them keeps. Of 1 KiB, it stands for a cosine of .87."""
 
 SKETCH_BYTES = 512
 WORD_BYTES = 8
@@ -25,24 +22,22 @@ PAIRS_AT_ONCE = 2**12
 def group_duplicates(rows: RowShards, numbers: Sequence[int], count: int) -> list[list[int]]:
     """The first `count` groups of a ranking: places in `numbers`; each joins the first group whose first member it duplicates.
 
-    Ends before the place that would open one group more. The cosine of bit rows is that of their angle: the share of signs in which they
-    agree is 1 - angle / π.
+    Ends before the place that would open one group more. The cosine of bit rows, and of sketches, is that of their angle: the share of signs in
+    which they agree is 1 - angle / π.
     """
     groups: list[list[int]] = []
-    firsts: csr_array | NDArray[np.float32] | None = None
+    firsts: NDArray[np.float32] | None = None
     for place, number in enumerate(numbers):
-        own = _units(rows, np.array([number]))
-        cosines: NDArray[Any] = np.zeros(0) if firsts is None else _dense(firsts @ own.T)[:, 0]
-        if rows.format.encoding == "bit":
-            cosines = np.sin(np.pi / 2 * np.clip(cosines, -1, 1))
-        if len(cosines) and cosines.max() >= _alike(rows.format):
+        own = _units(rows, np.array([number]))[0]
+        firsts = np.empty((count, len(own)), dtype=np.float32) if firsts is None else firsts
+        cosines = _cosines(rows, firsts[: len(groups)] @ own)
+        if len(cosines) and cosines.max() >= ALIKE:
             groups[int(cosines.argmax())].append(place)
         elif len(groups) == count:
             break
         else:
+            firsts[len(groups)] = own
             groups.append([place])
-            together = vstack if isinstance(own, csr_array) else np.concatenate
-            firsts = own if firsts is None else together([firsts, own])
     return groups
 
 
@@ -55,9 +50,8 @@ def all_duplicates(rows: RowShards, allowed: NDArray[np.bool_]) -> list[NDArray[
     rows, with a probability of .12, and those of one of 64 orders with .9997.
     """
     numbers, sketch = _sketches(rows, allowed)
-    least = _alike(rows.format)
-    pairs = np.unique(np.concatenate([np.zeros((0, 2), dtype=np.int64), *_neighbours(sketch, least)]), axis=0)
-    alike = [pairs[some][_cosines(rows, *numbers[pairs[some]].T) >= least] for some in _parts(len(pairs))]
+    pairs = np.unique(np.concatenate([np.zeros((0, 2), dtype=np.int64), *_neighbours(sketch)]), axis=0)
+    alike = [pairs[some][_pair_cosines(rows, *numbers[pairs[some]].T) >= ALIKE] for some in _parts(len(pairs))]
     linked = np.concatenate([np.zeros((0, 2), dtype=np.int64), *alike])
     graph = coo_array((np.ones(len(linked), dtype=np.int8), (linked[:, 0], linked[:, 1])), shape=(len(numbers), len(numbers)))
     _, labels = connected_components(graph, directed=False)
@@ -78,10 +72,10 @@ def _sketches(rows: RowShards, allowed: NDArray[np.bool_]) -> tuple[NDArray[np.i
     return np.concatenate(kept_numbers), np.pad(signs, ((0, 0), (0, max(0, WORD_BYTES - signs.shape[1]))))
 
 
-def _neighbours(sketch: NDArray[np.uint8], least: float) -> Iterator[NDArray[np.int64]]:
+def _neighbours(sketch: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
     """Pairs [P, 2] of places whose sketches are neighbours in some order, and alike."""
     num_bytes = sketch.shape[1]
-    share = np.arccos(least) / np.pi
+    share = np.arccos(ALIKE) / np.pi
     most = 8 * num_bytes * share + 4 * np.sqrt(8 * num_bytes * share * (1 - share))  # four standard deviations of a sketch
     draw = np.random.default_rng(0)
     for _ in range(ORDERS):
@@ -94,30 +88,28 @@ def _neighbours(sketch: NDArray[np.uint8], least: float) -> Iterator[NDArray[np.
             yield np.sort(np.stack([left[near], right[near]], axis=1), axis=1)
 
 
-def _cosines(rows: RowShards, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:
+def _pair_cosines(rows: RowShards, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:
     """[P]: of the rows of these numbers, pair by pair."""
-    if rows.format.encoding == "bit":
-        signs = [rows.take(side)[:, :-4] for side in (left, right)]
-        return np.asarray(np.cos(np.pi * np.bitwise_count(signs[0] ^ signs[1]).sum(1) / rows.format.length))
-    ours, theirs = (_units(rows, side) for side in (left, right))
-    return np.asarray((ours * theirs).sum(1, dtype=np.float64)).ravel()
+    return _cosines(rows, (_units(rows, left) * _units(rows, right)).sum(1, dtype=np.float64))
+
+
+def _cosines(rows: RowShards, products: NDArray[Any]) -> NDArray[np.float64]:
+    """Of what `_units` gives."""
+    return np.sin(np.pi / 2 * np.clip(products, -1, 1)) if rows.format.encoding in ("bit", "sparse") else products
+
+
+def _units(rows: RowShards, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The rows of these numbers, of bit and sparse ones the signs, each divided by its norm."""
+    codes, form = rows.take(numbers), rows.format
+    if form.encoding in ("bit", "sparse"):
+        count = form.length if form.encoding == "bit" else 8 * form.sign_bytes
+        decoded = 2 * np.unpackbits(form.signs(codes), axis=1, count=count, bitorder="little").astype(np.float32) - 1
+        decoded[form.scales(codes) == 0] = 0
+    else:
+        decoded = form.decode(codes)
+    norms = np.linalg.norm(decoded, axis=1, keepdims=True)
+    return (decoded / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def _parts(count: int) -> Iterator[slice]:
     return (slice(first, min(first + PAIRS_AT_ONCE, count)) for first in range(0, count, PAIRS_AT_ONCE))
-
-
-def _alike(row_format: RowFormat) -> float:
-    return SPARSE_ALIKE if row_format.encoding == "sparse" else ALIKE
-
-
-def _units(rows: RowShards, numbers: NDArray[np.int64]) -> csr_array | NDArray[np.float32]:
-    """The rows of these numbers, each divided by its norm."""
-    codes = rows.take(numbers)
-    decoded = rows.format.sparse.decode(codes) if rows.format.encoding == "sparse" else rows.format.decode(codes)
-    norms = np.sqrt(np.asarray((decoded * decoded).sum(1))).reshape(-1, 1)
-    return decoded * (1 / np.where(norms > 0, norms, 1)).astype(np.float32)
-
-
-def _dense(products: csr_array | NDArray[np.float32]) -> NDArray[np.float32]:
-    return products.toarray() if isinstance(products, csr_array) else products

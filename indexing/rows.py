@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from indexing.sparse import SparseFormat, folded
+from indexing.sparse import SparseFormat
 
 Encoding = Literal["float16", "int8", "bit", "sparse"]
 
 SCALE_BYTES = 4
 SPARSE_LENGTH = 2**20
 SPARSE_NUMBERS_PER_BYTE = 128
+MOST_SKETCH_BYTES = 768
+SKETCH_SHARE = 8
+"""The sketch of a sparse row takes one in so many of its bytes, and no more than the above."""
 LARGEST_HALF = 65520
 """What float16 rounds to infinity."""
 LARGEST = 1e18
@@ -33,8 +36,9 @@ class RowFormat:
     """How a row x of `length` numbers is stored.
 
     float16: as it is. int8: round(x / s) with s = max|x| / 127, and s. bit: the signs of x, and s = ‖x‖² / ‖x‖₁, with which ⟨q, s·sign(x)⟩ has
-    the right size for a q that points along x (RaBitQ, arXiv 2405.12497). The scale s is the row's last four bytes, a float32. sparse: the
-    largest numbers, as many as `most_bytes` hold (`indexing.sparse`).
+    the right size for a q that points along x (RaBitQ, arXiv 2405.12497). sparse: the same of the row folded to few numbers, which is a sketch of
+    it, and between these signs and s the largest numbers, as many as `most_bytes` hold (`indexing.sparse`). The scale s is the row's last four
+    bytes, a float32.
     """
 
     encoding: Encoding
@@ -43,16 +47,21 @@ class RowFormat:
 
     @cached_property
     def sparse(self) -> SparseFormat:
-        """Of a sparse row."""
-        return SparseFormat.within(self.most_bytes, self.length)
+        """Of what a sparse row has beside its sketch."""
+        return SparseFormat.within(self.most_bytes - self.sign_bytes - SCALE_BYTES, self.length)
+
+    @property
+    def sign_bytes(self) -> int:
+        """How many bytes of a bit or sparse row are signs, from the first on."""
+        return -(-self.length // 8) if self.encoding == "bit" else max(1, min(MOST_SKETCH_BYTES, self.most_bytes // SKETCH_SHARE))
 
     @property
     def bytes_per_row(self) -> int:
         if self.encoding == "float16":
             return 2 * self.length
         if self.encoding == "sparse":
-            return self.sparse.bytes_per_row
-        return SCALE_BYTES + (self.length if self.encoding == "int8" else -(-self.length // 8))
+            return self.sign_bytes + self.sparse.num_bytes + SCALE_BYTES
+        return SCALE_BYTES + (self.length if self.encoding == "int8" else self.sign_bytes)
 
     def encode(self, rows: Tensor) -> NDArray[np.uint8]:
         """Rows [N, D] as bytes [N, bytes_per_row]. Raises ValueError for a row that is not finite, or too large for float16."""
@@ -65,7 +74,8 @@ class RowFormat:
         if self.encoding == "float16":
             return values.astype(np.float16).view(np.uint8)
         if self.encoding == "sparse":
-            return self.sparse.encode(values)
+            folded = self.sparse.folded(values, 8 * self.sign_bytes)
+            return np.concatenate([_signs(folded), self.sparse.encode(values), _as_bytes(_sign_scale(folded))], axis=1)
         if self.encoding == "int8":
             scales = largest / 127
             quantized = np.rint(values / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8).view(np.uint8)
@@ -79,33 +89,37 @@ class RowFormat:
         if self.encoding == "int8":
             return codes[:, : self.length].view(np.int8) * self.scales(codes)[:, None]
         if self.encoding == "sparse":
-            dense: NDArray[np.float32] = self.sparse.decode(codes).toarray()
+            dense: NDArray[np.float32] = self.decode_sparse(codes).toarray()
             return dense
-        bits = np.unpackbits(codes[:, :-SCALE_BYTES], axis=1, count=self.length, bitorder="little")
+        bits = np.unpackbits(self.signs(codes), axis=1, count=self.length, bitorder="little")
         return (2 * bits.astype(np.float32) - 1) * self.scales(codes)[:, None]
 
     def scales(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[N]: the scale of each int8 or bit row."""
+        """[N]: the scale of each row, but of those in float16."""
         return np.ascontiguousarray(codes[:, -SCALE_BYTES:]).view(np.float32)[:, 0]
+
+    def signs(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The packed signs of bit rows, and those in the sketch of sparse ones, [N, sign_bytes]."""
+        return codes[:, : self.sign_bytes]
+
+    def decode_sparse(self, codes: NDArray[np.uint8]) -> csr_array:
+        """What sparse rows keep, [N, D]."""
+        return self.sparse.decode(codes[:, self.sign_bytes : -SCALE_BYTES])
 
     def sketch(self, codes: NDArray[np.uint8], most_bytes: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """The signs of `sketched` rows, packed [N, ≤ most_bytes], and a scale [N] for them."""
-        if self.encoding == "bit":
-            return np.ascontiguousarray(codes[:, :-SCALE_BYTES][:, :: self._stride(most_bytes)]), self.scales(codes)
-        values = self.sketched(self.sparse.decode(codes) if self.encoding == "sparse" else self.decode(codes), most_bytes)
+        if self.encoding in ("bit", "sparse"):
+            return np.ascontiguousarray(self.signs(codes)[:, :: _stride(self.sign_bytes, most_bytes)]), self.scales(codes)
+        values = self.sketched(self.decode(codes), most_bytes)
         return _signs(values), _sign_scale(values)
 
-    def sketched(self, rows: NDArray[np.float32] | csr_array, most_bytes: int) -> NDArray[np.float32]:
-        """Rows [N, D], of which the signs are a sketch, [N, ≤ 8 most_bytes]: of mixed rows evenly spaced groups of eight numbers, padded by zeros;
-        sparse ones are folded and mixed."""
-        if self.encoding == "sparse":
-            return folded(rows, min(8 * most_bytes, 8 * -(-self.length // 8)))
-        groups = np.arange(0, -(-self.length // 8), self._stride(most_bytes))
-        kept = (8 * groups[:, None] + np.arange(8)).ravel()
-        return np.ascontiguousarray(np.pad(rows, ((0, 0), (0, -self.length % 8)))[:, kept])
-
-    def _stride(self, most_bytes: int) -> int:
-        return max(1, -(-self.length // (8 * most_bytes)))
+    def sketched(self, rows: NDArray[np.float32], most_bytes: int) -> NDArray[np.float32]:
+        """Of rows [N, D], which are folded if they are sparse, the numbers whose signs are a sketch, [N, ≤ 8 most_bytes]: evenly spaced groups of
+        eight, padded by zeros."""
+        whole = self.sparse.folded(rows, 8 * self.sign_bytes) if self.encoding == "sparse" else rows
+        padded = np.pad(whole, ((0, 0), (0, -whole.shape[1] % 8)))
+        groups = np.arange(0, padded.shape[1] // 8, _stride(padded.shape[1] // 8, most_bytes))
+        return np.ascontiguousarray(padded[:, (8 * groups[:, None] + np.arange(8)).ravel()])
 
 
 def row_length_within(encoding: Encoding, bytes_per_row: int) -> int:
@@ -114,8 +128,12 @@ def row_length_within(encoding: Encoding, bytes_per_row: int) -> int:
         return bytes_per_row // 2
     if encoding == "sparse":
         length = max(SPARSE_LENGTH, SPARSE_NUMBERS_PER_BYTE * bytes_per_row)
-        return length if SparseFormat.within(bytes_per_row, length).kept else 0
+        return length if RowFormat(encoding=encoding, length=length, most_bytes=bytes_per_row).sparse.kept else 0
     return max(0, bytes_per_row - SCALE_BYTES) * (1 if encoding == "int8" else 8)
+
+
+def _stride(num_bytes: int, most_bytes: int) -> int:
+    return max(1, -(-num_bytes // most_bytes))
 
 
 def _signs(values: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -166,7 +184,7 @@ class RowShards:
     @cached_property
     def held_sparse(self) -> csr_array:
         """All rows, which are sparse and few, in memory: eight bytes a kept number."""
-        return self.format.sparse.decode(np.concatenate(self.shards))
+        return self.format.decode_sparse(np.concatenate(self.shards))
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:

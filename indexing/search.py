@@ -166,7 +166,7 @@ def row_scores(queries: NDArray[np.float32], rows: RowShards, numbers: NDArray[n
 
 def _scores(queries: NDArray[np.float32], codes: NDArray[np.uint8], row_format: RowFormat) -> NDArray[np.float32]:
     if row_format.encoding == "sparse":
-        return np.ascontiguousarray((row_format.sparse.decode(codes) @ queries.T).T)
+        return np.ascontiguousarray((row_format.decode_sparse(codes) @ queries.T).T)
     if row_format.encoding != "bit":
         return queries @ row_format.decode(codes).T
     signs = codes[:, :-4]

@@ -10,6 +10,7 @@ the product of the row with its decoded form is the row's squared norm, so that 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from ekfac import key_of, keyed_bits
 LARGE = 8
 """One in so many of the kept numbers is large."""
 SIZE_BYTES = 8
+ROWS_AT_ONCE = 64
+"""So many are decoded at once: about a megabyte of numbers, which a cache holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +40,14 @@ class SparseFormat:
         formats = []
         for low_bits in range(max(1, length.bit_length())):
             kept = max(0, min(length, 8 * (most_bytes - SIZE_BYTES) // (low_bits + 3)))
-            while kept and cls(length=length, kept=kept, low_bits=low_bits).bytes_per_row > most_bytes:
+            while kept and cls(length=length, kept=kept, low_bits=low_bits).num_bytes > most_bytes:
                 kept -= 1
             formats.append(cls(length=length, kept=kept, low_bits=low_bits))
         return max(formats, key=lambda some: some.kept)
 
     @property
-    def bytes_per_row(self) -> int:
+    def num_bytes(self) -> int:
+        """Of a row."""
         return sum(self._widths()) + SIZE_BYTES
 
     def _widths(self) -> list[int]:
@@ -56,7 +60,7 @@ class SparseFormat:
         return self.kept + (max(self.length, 1) - 1 >> self.low_bits)
 
     def encode(self, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Rows [N, L], which are finite, as bytes [N, bytes_per_row]."""
+        """Rows [N, L], which are finite, as bytes [N, num_bytes]."""
         places = np.stack([_largest(np.abs(row), self.kept) for row in rows]) if len(rows) else np.zeros((0, self.kept), dtype=np.int64)
         kept = np.take_along_axis(rows, places, axis=1)
         sizes = np.abs(kept).astype(np.float64)
@@ -77,6 +81,15 @@ class SparseFormat:
 
     def decode(self, codes: NDArray[np.uint8]) -> csr_array:
         """The rows of these bytes, [N, L] in float32."""
+        index = np.int32 if max(len(codes) * self.kept, self.length) < 2**31 else np.int64  # SciPy would take 64 bits for both
+        places, numbers = np.empty((len(codes), self.kept), dtype=index), np.empty((len(codes), self.kept), dtype=np.float32)
+        for first in range(0, len(codes), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            places[some], numbers[some] = self._decoded(codes[some])
+        starts = (self.kept * np.arange(len(codes) + 1, dtype=np.int64)).astype(index)
+        return csr_array((numbers.ravel(), places.ravel(), starts), shape=(len(codes), self.length))
+
+    def _decoded(self, codes: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         *planes, rests, signs, large = np.split(codes[:, :-SIZE_BYTES], np.cumsum(self._widths())[:-1], axis=1)
         bits = _bits(rests, self._rest_bits)
         bits[~bits.any(1), : self.kept] = 1  # bytes that were erased stand for zeros
@@ -86,23 +99,26 @@ class SparseFormat:
             places <<= 1
             places += _bits(plane, self.kept)
         sizes = np.ascontiguousarray(codes[:, -SIZE_BYTES:]).view(np.float32)
-        values = np.stack([-sizes[:, 1], sizes[:, 1], -sizes[:, 0], sizes[:, 0]], axis=1)
-        numbers = np.take_along_axis(values, (_bits(signs, self.kept) + 2 * _bits(large, self.kept)).astype(np.intp), axis=1)
-        starts = self.kept * np.arange(len(codes) + 1, dtype=np.int64)
-        index = np.int32 if max(numbers.size, self.length) < 2**31 else np.int64  # SciPy would take 64 bits for both
-        return csr_array((numbers.ravel(), places.ravel().astype(index), starts.astype(index)), shape=(len(codes), self.length))
+        numbers = sizes[:, 1:] + _bits(large, self.kept) * (sizes[:, :1] - sizes[:, 1:])
+        return places, numbers * (2 * _bits(signs, self.kept).astype(np.float32) - 1)
 
+    def folded(self, rows: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+        """Rows [N, L] as [N, width], width even: cut into stretches that are summed with random signs, and mixed by a cosine transform.
 
-def folded(rows: csr_array | NDArray[np.float32], width: int) -> NDArray[np.float32]:
-    """Rows [N, L] as [N, width]: each place goes to one number, with a sign, both by hash, and the numbers are mixed by a cosine transform.
+        Inner products are kept on average, and no number is much larger than the others.
+        """
+        stretch, made = width - 1, np.zeros((len(rows), width), dtype=np.float32)  # odd, so that a layer's columns go around all numbers
+        whole = self.length // stretch * stretch
+        for row, own in zip(rows, made, strict=True):
+            signed = row * self._fold_signs
+            own[:stretch] = signed[:whole].reshape(-1, stretch).sum(0)
+            own[: self.length - whole] += signed[whole:]
+        return np.asarray(dct(made, norm="ortho"), dtype=np.float32)
 
-    Inner products are kept on average, and no number is much larger than the others.
-    """
-    bits = keyed_bits(0, np.array([key_of("sketch")], dtype=np.uint64), rows.shape[1])[0]
-    places, signs = ((bits >> np.uint64(1)) % np.uint64(width)).astype(np.int64), np.where(bits & np.uint64(1), 1, -1).astype(np.float32)
-    some = rows if isinstance(rows, csr_array) else csr_array(rows)
-    spread = csr_array((some.data * signs[some.indices], places[some.indices], some.indptr), shape=(some.shape[0], width)).toarray()
-    return np.asarray(dct(spread, norm="ortho"), dtype=np.float32)
+    @cached_property
+    def _fold_signs(self) -> NDArray[np.float32]:
+        bits = keyed_bits(0, np.array([key_of("sketch")], dtype=np.uint64), self.length)[0]
+        return np.where(bits & np.uint64(1), np.float32(1), np.float32(-1))
 
 
 def _largest(sizes: NDArray[np.float32], count: int) -> NDArray[np.int64]:
