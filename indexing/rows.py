@@ -23,7 +23,7 @@ SCALE_BYTES = 4
 SPARSE_LENGTH = 2**20
 SPARSE_NUMBERS_PER_BYTE = 128
 MOST_SKETCH_BYTES = 768
-SKETCH_SHARE = 8
+SKETCH_SHARE = 16
 """The sketch of a sparse row takes one in so many of its bytes, and no more than the above."""
 LARGEST_HALF = 65520
 """What float16 rounds to infinity."""
