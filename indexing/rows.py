@@ -51,6 +51,11 @@ class RowFormat:
         return SparseFormat.within(self.most_bytes - self.sign_bytes - SCALE_BYTES, self.length)
 
     @property
+    def num_kept(self) -> int:
+        """How many of its numbers a row holds."""
+        return self.sparse.kept if self.encoding == "sparse" else self.length
+
+    @property
     def sign_bytes(self) -> int:
         """How many bytes of a bit or sparse row are signs, from the first on."""
         return -(-self.length // 8) if self.encoding == "bit" else max(1, min(MOST_SKETCH_BYTES, self.most_bytes // SKETCH_SHARE))

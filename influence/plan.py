@@ -414,8 +414,8 @@ class _Costs:
         return self.capture_work(DRAWN_LOGIT_PASSES) + self.rotated() + Work(streamed=streamed)
 
     def row_work(self) -> Work:
-        """As corrected eigenvalues, with spreading in place of squares, and the transform of the row."""
-        mixed = self.row.length * (1 + math.log2(max(2, self.row.length)) / 4)
+        """As corrected eigenvalues, with spreading in place of squares, and the transform of the row, or the choice of its largest numbers."""
+        mixed = self.row.length * (1.5 if self.row.encoding == "sparse" else 1 + math.log2(max(2, self.row.length)) / 4)
         return self.query_work() + Work(streamed=ROW_BYTES * self.gradient_numbers(), elementwise=mixed)
 
     def query_work(self) -> Work:
@@ -441,8 +441,8 @@ class _Costs:
         return Work(
             stored=2 * count * self.row.bytes_per_row,
             seconds=INDEX_SECONDS + searched,
-            products=2 * self.queries * sample * self.row.length,
-            streamed=10 * sample * self.row.length,
+            products=2 * self.queries * sample * self.row.num_kept,
+            streamed=10 * sample * self.row.num_kept,
         )
 
     def rotated(self) -> Work:
@@ -519,7 +519,7 @@ class _Costs:
             "eigenbases": 0,
             "eigenvalues": ids,
             "factors": (12 if self.groups == 1 else 28) * most,
-            "rows": ids + 24 * most + 4 * self.row.length * min(self.config.data.sequences_per_shard, count),
+            "rows": ids + 24 * most + 8 * self.row.length * min(self.batch, self.config.data.sequences_per_shard, count),
             "scans": ids,
             "fidelity": ids + (SKETCH_BYTES + 16 * self.queries) * count,
         }

@@ -34,14 +34,15 @@ def encoded_rows(
 def _rows(
     run: Run, sequences: Sequence[TrainingSequence], spec: FeatureSpec
 ) -> Iterator[tuple[NDArray[np.int64], torch.Tensor, NDArray[np.float64]]]:
-    """(places in `sequences`, rows, gᵀ(G + λI)⁻¹g): of a batch, or with several groups of layers of as many as an eighth of the budget holds."""
-    if len(run.layer_groups) == 1:
-        for part in run.parts():
-            yield from _batches(run, part, sequences, spec)
-        return
-    at_once = max(1, run.attributed.budget.memory_bytes // 8 // (4 * spec.row_length))
+    """(places in `sequences`, rows, gᵀ(G + λI)⁻¹g): of a batch, or with several groups of layers of what an eighth of the budget holds twice."""
+    at_once = max(1, run.attributed.budget.memory_bytes // 8 // (8 * spec.row_length))
     for first in range(0, len(sequences), at_once):
         some = sequences[first : first + at_once]
+        if len(run.layer_groups) == 1:
+            (part,) = run.parts()
+            for members, found, own in _batches(run, part, some, spec):
+                yield first + members, found, own
+            continue
         made, self_influence = torch.zeros(len(some), spec.row_length), np.zeros(len(some))
         for part in run.parts():
             for members, found, own in _batches(run, part, some, spec):

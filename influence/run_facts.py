@@ -150,7 +150,7 @@ def _index_facts(run: "Run") -> dict[str, Any]:
     return {
         "encoding": config.encoding,
         "bytes_per_sequence": run.row_format.bytes_per_row,
-        "numbers_per_row": run.features.row_length,
+        "numbers_per_row": run.row_format.num_kept,
         "dimensions": sum(layer.shape[0] * layer.shape[1] for layer in run.coverage.layers),
         "candidates": ends,
     }
