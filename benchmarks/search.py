@@ -1,6 +1,6 @@
-"""How long a search takes, and what it needs, for indexes of ten thousand to ten million rows of random bits.
+"""How long a search takes, and what it needs, for indexes of ten thousand to ten million rows of random bits, or sparse ones.
 
-    python benchmarks/search.py [--bytes 1024] [--most 1000000] [--queries 20]
+    python benchmarks/search.py [--encoding bit] [--bytes 1024] [--most 1000000] [--queries 20]
 
 Prints a table. Larger sizes than `--most` are computed on the line through the last two that were run, and marked as computed. Rows are
 written to a temporary directory and read back as an index reads them: memory-mapped, a sketch of each in memory. Synthetic rows say how fast a
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from indexing import RowFormat, RowIndex, open_rows, row_length_within
@@ -24,16 +25,21 @@ SHARD = 512  # as data.sequences_per_shard has it
 
 
 def write_rows(directory: Path, row_format: RowFormat, count: int, planted: NDArray[np.float32]) -> list[Path]:
-    """Random signs with scales that vary as those of gradients do; row 100·q is along query q."""
+    """Random signs with scales that vary as those of gradients do, with what 64 heavy-tailed rows keep; row 100·q is along query q."""
     rng, paths = np.random.default_rng(0), []
+    kept = row_format.encode(torch.from_numpy(rng.standard_t(3, size=(64, row_format.length)).astype(np.float32)))[
+        :, row_format.sign_bytes :
+    ]
+    along = row_format.encode(torch.from_numpy(planted))
     for first in range(0, count, SHARD):
         size = min(SHARD, count - first)
-        codes = rng.integers(0, 256, (size, row_format.bytes_per_row), dtype=np.uint8)
+        signs = rng.integers(0, 256, (size, row_format.sign_bytes), dtype=np.uint8)
+        codes = np.concatenate([signs, kept[rng.integers(0, len(kept), size)]], axis=1)
         codes[:, -4:] = np.exp(rng.normal(size=(size, 1)) * 0.5).astype(np.float32).view(np.uint8)
-        for query, row in enumerate(planted):
+        for query, row in enumerate(along):
             place = 100 * query - first
             if 0 <= place < size:
-                codes[place, :-4] = np.packbits(row >= 0, bitorder="little")
+                codes[place, :-4] = row[:-4]
         paths.append(directory / f"{first}.npy")
         np.save(paths[-1], codes)
     return paths
@@ -77,15 +83,18 @@ def resident_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoding", choices=("bit", "sparse"), default="bit")
     parser.add_argument("--bytes", type=int, default=1024, help="bytes a row (1024)")
     parser.add_argument("--most", type=int, default=10**6, help="largest number of rows that is run (1000000)")
     parser.add_argument("--queries", type=int, default=20, help="queries the median is over (20)")
     given = parser.parse_args()
     assert given.most >= SIZES[1], "--most: two sizes are needed for the line"
     assert 16 <= given.queries <= 100, "--queries: between 16 and 100"
-    row_format = RowFormat(encoding="bit", length=row_length_within("bit", given.bytes))
+    row_format = RowFormat(encoding=given.encoding, length=row_length_within(given.encoding, given.bytes), most_bytes=given.bytes)
     queries = np.random.default_rng(1).normal(size=(given.queries, row_format.length)).astype(np.float32)
-    print(f"{given.bytes} bytes a row, {row_format.length:,} bits; 200 candidates; medians of {given.queries} queries")
+    print(
+        f"{given.encoding}, {given.bytes} bytes a row, {row_format.num_kept:,} numbers; 200 candidates; medians of {given.queries} queries"
+    )
     print("| rows | | one query, ms | of 16, each, ms | half of the rows allowed, ms | opening, s | memory, MiB | rows on disk, GiB |")
     print("|---|---|---|---|---|---|---|---|")
     runs: list[tuple[int, dict[str, float]]] = []

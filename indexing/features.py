@@ -1,11 +1,12 @@
-"""A sequence's row: its gradient, whitened in the eigenbasis, shrunk and spread by sparse random signs into buckets, layer by layer, and mixed.
+"""A sequence's row: its gradient, whitened in the eigenbasis, shrunk and spread by sparse random signs into buckets, layer by layer; mixed or not.
 
 The inner product of two whitened gradients is their damped influence; the inner product of two rows estimates it, with a variance of about
 ‖x‖²‖y‖² / buckets a layer, from all the coordinates that share a bucket. Coordinates whose curvature Λ is small beside the damping λ add to
 that variance as much as they have norm, and to the answer little: each is multiplied by √(Λ/(Λ+λ)), in rows and queries alike, which is what
 the best linear estimate tends to when noise prevails. Every layer has its own range of buckets, in proportion to the squared norm that is left,
 which minimises the variance and lets some layers be searched alone. The buckets of a range are mixed by a Hartley transform, which is
-orthogonal: rows of a few large numbers, as of embeddings, become even, and lose less when they are rounded to signs.
+orthogonal: rows of a few large numbers, as of embeddings, become even, and lose less when they are rounded to signs. Sparse rows, of which the
+largest numbers are kept, are not mixed, and have so many buckets that in a small model each coordinate has its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
