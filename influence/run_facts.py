@@ -6,6 +6,7 @@ Read from the run's files alone: neither the model nor the eigenvectors are load
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,9 @@ STEPS_A_DECADE = 5
 DECADES = 12
 """A spectrum is told at so many steps for each power of ten, over so many powers below its largest eigenvalue."""
 
+ROWS_COUNTED = 500
+"""Of so many sparse rows it is counted what they keep of which layer."""
+
 MOST_VALUES = 30
 """Values of a metadata column that are counted by name; the others are counted together."""
 
@@ -39,6 +43,7 @@ QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 def run_facts(run: "Run") -> dict[str, Any]:
     """Everything that the report of a finished run shows. Raises RequestError when it is not finished."""
     live = run.live
+    row_numbers = _row_numbers(run)
     return {
         "about": "run",
         "run": run.directory.name,
@@ -46,7 +51,7 @@ def run_facts(run: "Run") -> dict[str, Any]:
         "living": living_facts(run),
         "coverage": coverage_facts(run),
         "fit": {"sequences": run.fitted_on, "of": len(run.training), "settings": run.description["settings"]["factors"]},
-        "layers": [_with_spectrum(run, facts) for facts in layer_facts(run)],
+        "layers": [_with_spectrum(run, facts, row_numbers) for facts in layer_facts(run)],
         "index": _index_facts(run),
         "fidelity": json.loads(json.dumps(run.fidelity.to_json())) if run.fidelity else None,
         "rankings": _evaluated(run),
@@ -111,10 +116,20 @@ def layer_facts(run: "Run") -> list[dict[str, Any]]:
     ]
 
 
-def _with_spectrum(run: "Run", facts: dict[str, Any]) -> dict[str, Any]:
+def _with_spectrum(run: "Run", facts: dict[str, Any], row_numbers: Mapping[str, float]) -> dict[str, Any]:
     buckets = {layer.name: layer.width for layer in run.features.layers}
-    values = artifacts.read_corrected_eigenvalues(run.path_of("factors"), facts["name"])
-    return {**facts, "row_numbers": buckets[facts["name"]], "spectrum": spectrum(values, facts["damping"])}
+    values, name = artifacts.read_corrected_eigenvalues(run.path_of("factors"), facts["name"]), facts["name"]
+    return {**facts, "row_buckets": buckets[name], "row_numbers": row_numbers[name], "spectrum": spectrum(values, facts["damping"])}
+
+
+def _row_numbers(run: "Run") -> dict[str, float]:
+    """How many of a row's numbers are each layer's; of sparse rows on average over some."""
+    layers = run.features.layers
+    if run.features.mixed:
+        return {layer.name: layer.width for layer in layers}
+    kept = run.row_format.decode_sparse(run.rows.take(run.sample(None)[:ROWS_COUNTED]))
+    counts = np.histogram(kept.indices, [*(layer.start for layer in layers), run.features.row_length])[0]
+    return {layer.name: float(count / kept.shape[0]) for layer, count in zip(layers, counts, strict=True)}
 
 
 def spectrum(eigenvalues: torch.Tensor, damping: float) -> dict[str, Any]:

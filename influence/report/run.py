@@ -213,7 +213,7 @@ def _spectra(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _layer(layer: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     spectrum, axes = layer["spectrum"], _axes([layer])
-    exact = layer["row_numbers"] == layer["parameters"]
+    exact = layer["row_numbers"] == layer["row_buckets"] == layer["parameters"]
     kept = 1.0 if exact else layer["row_weight"] / layer["effective_dimension"] if layer["effective_dimension"] > 0 else 0.0
     numbers = sum(other["row_numbers"] for other in layers)
     return {
@@ -229,11 +229,11 @@ def _layer(layer: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> dic
         "effective_share": words.percent(layer["effective_dimension"] / spectrum["axes"]),
         "axes_below": words.percent(spectrum["axes_below_damping"]),
         "curvature_below": words.percent(spectrum["curvature_below_damping"]),
-        "row_numbers": words.plain(layer["row_numbers"]),
-        "row_share": words.percent(layer["row_numbers"] / numbers),
-        "row_width": round(100 * layer["row_numbers"] / max(other["row_numbers"] for other in layers), 1),
+        "row_numbers": words.plain(round(layer["row_numbers"])),
+        "row_share": words.percent(layer["row_numbers"] / numbers if numbers else 0.0),
+        "row_width": round(100 * layer["row_numbers"] / max(1e-9, *(other["row_numbers"] for other in layers)), 1),
         "kept": words.percent(kept),
-        "a_number": words.number(layer["parameters"] / layer["row_numbers"]),
+        "a_number": words.number(layer["parameters"] / layer["row_buckets"]),
     }
 
 
