@@ -18,6 +18,8 @@ SKETCH_BYTES = 768
 SKETCH_QUERY_BITS = 4
 ROW_QUERY_BITS = 8
 GPU_MOST_RESULTS = 2048
+FEW_ROWS = 4000
+"""So many rows have no sketch: all of them are compared whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +34,14 @@ class RowIndex:
     """Search over every row, times its weight in `weights` [N] if given.
 
     Building costs one pass over the rows and holds at most 776 bytes a row (12 KiB on a GPU). A search reads `shortlist` whole rows from disk, by
-    default one in two hundred but at least 4,000; an index of no more rows than that has no sketch and all its rows are compared.
+    default one in two hundred but at least 4,000; an index of no more rows than that has no sketch, all its rows are compared, and sparse ones are
+    held in memory, eight bytes a number that is kept.
     """
 
     def __init__(self, rows: RowShards, weights: NDArray[np.float64] | None = None, shortlist: int | None = None) -> None:
         self.rows = rows
         self.weights = None if weights is None else weights.astype(np.float32)
-        self.shortlist = shortlist or max(4000, rows.num_rows // 200)
+        self.shortlist = shortlist or max(FEW_ROWS, rows.num_rows // 200)
         self._sketch: _Sketch | _GpuSketch | None = None
         if rows.num_rows > self.shortlist:
             self._sketch = (_GpuSketch if _faiss().get_num_gpus() > 0 else _Sketch)(rows, self.weights)
