@@ -532,6 +532,9 @@ def layer_device(model: nn.Module, layer: Layer) -> torch.device:
     return next(model.get_submodule(layer.modules[0]).parameters()).device
 
 
+WITH_SHORTCUT = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode with no parameter requiring a gradient; both are restored, module by module, at the end.
@@ -539,6 +542,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     What was compiled runs as it was written, because compiled code does not call hooks; and torch's own transformer layers do not take the
     shortcut that calls none of their modules.
     """
+    shortcuts = any(isinstance(module, WITH_SHORTCUT) for module in model.modules())  # others' threads are left alone where there is none
     fast = torch.backends.mha.get_fastpath_enabled()
     training = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -546,12 +550,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter, _ in gradients:
             parameter.requires_grad_(False)
-        torch.backends.mha.set_fastpath_enabled(False)
+        if shortcuts:
+            torch.backends.mha.set_fastpath_enabled(False)
         # Nothing is compiled before torch._dynamo is loaded, which takes seconds.
         with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        if shortcuts:
+            torch.backends.mha.set_fastpath_enabled(fast)
         for module, flag in training:
             module.training = flag
         for parameter, flag in gradients:

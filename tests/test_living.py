@@ -51,7 +51,7 @@ def again(rows: list[dict[str, Any]], prefix: str = "new-") -> list[dict[str, An
 
 
 def novel(name: str = "novel", text: str = NOVEL) -> dict[str, Any]:
-    return {"id": name, "text": text, "source": "zoo"}
+    return {"id": name, "text": text, "source": "menagerie"}
 
 
 def append(run: Path, rows: list[dict[str, Any]], name: str = "more") -> dict[str, Any]:
@@ -108,8 +108,8 @@ def test_appended_sequences_are_found_by_metadata_and_show_what_they_are(run: Ru
         assert sequence.text == texts[sequence.id.removeprefix("new-")]
         assert sequence.metadata == {"source": "later"}
         assert sum(share for _, share in sequence.tokens) == pytest.approx(sequence.score, rel=1e-4, abs=1e-6)
-    (alone,) = opened.query(*QUERY, where="source = 'zoo'").sequences
-    assert (alone.id, alone.text, alone.metadata) == ("novel", NOVEL, {"source": "zoo"})
+    (alone,) = opened.query(*QUERY, where="source = 'menagerie'").sequences
+    assert (alone.id, alone.text, alone.metadata) == ("novel", NOVEL, {"source": "menagerie"})
     assert opened.query(*QUERY).provenance["searched"] == 2 * NUM_SEQUENCES + 1
 
 
@@ -118,7 +118,7 @@ def test_lexical_search_covers_what_was_appended(grown: Path) -> None:
     expected = index_texts(sequence.text for sequence in opened.store)
     for query in ("quagga", "Lisbon lies on the Tagus.", "nothing of this"):
         np.testing.assert_array_equal(opened.lexical.scores(query, len(opened.store)), expected.scores(query, len(opened.store)))
-    (found,) = opened.query("", "The quagga", where="source = 'zoo'", bm25=True).sequences
+    (found,) = opened.query("", "The quagga", where="source = 'menagerie'", bm25=True).sequences
     assert found.bm25_rank == 1
 
 
@@ -521,7 +521,7 @@ def test_erased_text_tokens_and_metadata_are_in_no_file(erased: tuple[Path, Path
     before, after = erased
     gone = [sequence for sequence in open_run(before).store if sequence.document in REMOVED]
     assert len(gone) == 5
-    for word in ("senegal", "quagga", "zoo"):
+    for word in ("senegal", "quagga", "menagerie"):
         assert word in words(before)
         assert word not in words(after)
     for sequence in gone:

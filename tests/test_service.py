@@ -349,8 +349,12 @@ def test_every_response_has_the_headers_of_safety(http: httpx.Client) -> None:
 
 def test_the_audit_log_tells_who_asked_what_kind_of_thing_and_not_the_text(http: httpx.Client, server: Served) -> None:
     name = ask(http, k=6).json()["id"]
-    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
-    (line,) = [line for line in lines if line.get("query") == name]
+
+    def told() -> list[dict[str, Any]]:  # after the answer was sent
+        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+        return [line for line in lines if line.get("query") == name]
+
+    (line,) = until(told)
     assert (line["user"], line["status"], line["route"], line["run"]) == ("local", 200, "/v1/runs/{run}/queries", "small")
     assert "Tagus" not in server.log.read_text()
 
