@@ -66,10 +66,7 @@ class RowIndex:
         return [np.sort(row) for row in self._sketch.search(queries, count, allowed)]  # read from disk in order
 
     def _exact(self, queries: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.float32]:
-        if self._sketch is None and self.rows.format.encoding == "sparse":
-            scores = np.asarray((self.rows.held_sparse @ queries.T).T)[:, numbers]
-        else:
-            scores = row_scores(queries, self.rows, numbers)
+        scores = row_scores(queries, self.rows, numbers)
         return scores if self.weights is None else scores * self.weights[numbers]
 
 
@@ -161,6 +158,9 @@ def _rabitq_codes(signs: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDAr
 def row_scores(queries: NDArray[np.float32], rows: RowShards, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
     """The inner product of every query with the rows of these numbers, [Q, len(numbers)]; with bit rows, the query is rounded to eight bits."""
     _check(queries, rows.format.length)
+    if rows.format.encoding == "sparse" and rows.num_rows <= FEW_ROWS:
+        scores: NDArray[np.float32] = np.asarray((rows.held_sparse @ queries.T).T)[:, numbers]
+        return scores
     at_once = {"bit": rows.format.bytes_per_row, "sparse": 32 * rows.format.bytes_per_row}.get(rows.format.encoding, 4 * rows.format.length)
     step = max(1, 64 * 2**20 // max(1, at_once))
     parts = [_scores(queries, rows.take(numbers[first : first + step]), rows.format) for first in range(0, len(numbers), step)]
