@@ -1,14 +1,13 @@
 """Near-duplicates: sequences whose rows point the same way, so that a ranking can show them as one, and a training set be cleaned of them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from indexing.rows import RowShards
+from indexing.rows import RowFormat, RowShards
 
 ALIKE = 0.95
 """From which cosine of whitened gradients on two sequences are duplicates."""
@@ -26,17 +25,16 @@ def group_duplicates(rows: RowShards, numbers: Sequence[int], count: int) -> lis
     which they agree is 1 - angle / π.
     """
     groups: list[list[int]] = []
-    firsts: NDArray[np.float32] | None = None
+    firsts = np.empty((count, rows.format.bytes_per_row), dtype=np.uint8)
     for place, number in enumerate(numbers):
-        own = _units(rows, np.array([number]))[0]
-        firsts = np.empty((count, len(own)), dtype=np.float32) if firsts is None else firsts
-        cosines = _cosines(rows, firsts[: len(groups)] @ own)
+        own = rows.take(np.array([number]))
+        cosines = _cosines(rows.format, firsts[: len(groups)], own)
         if len(cosines) and cosines.max() >= ALIKE:
             groups[int(cosines.argmax())].append(place)
         elif len(groups) == count:
             break
         else:
-            firsts[len(groups)] = own
+            firsts[len(groups)] = own[0]
             groups.append([place])
     return groups
 
@@ -51,7 +49,9 @@ def all_duplicates(rows: RowShards, allowed: NDArray[np.bool_]) -> list[NDArray[
     """
     numbers, sketch = _sketches(rows, allowed)
     pairs = np.unique(np.concatenate([np.zeros((0, 2), dtype=np.int64), *_neighbours(sketch)]), axis=0)
-    alike = [pairs[some][_pair_cosines(rows, *numbers[pairs[some]].T) >= ALIKE] for some in _parts(len(pairs))]
+    alike = [
+        pairs[some][_cosines(rows.format, *(rows.take(side) for side in numbers[pairs[some]].T)) >= ALIKE] for some in _parts(len(pairs))
+    ]
     linked = np.concatenate([np.zeros((0, 2), dtype=np.int64), *alike])
     graph = coo_array((np.ones(len(linked), dtype=np.int8), (linked[:, 0], linked[:, 1])), shape=(len(numbers), len(numbers)))
     _, labels = connected_components(graph, directed=False)
@@ -88,27 +88,19 @@ def _neighbours(sketch: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
             yield np.sort(np.stack([left[near], right[near]], axis=1), axis=1)
 
 
-def _pair_cosines(rows: RowShards, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[P]: of the rows of these numbers, pair by pair."""
-    return _cosines(rows, (_units(rows, left) * _units(rows, right)).sum(1, dtype=np.float64))
+def _cosines(row_format: RowFormat, left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """[P]: of encoded rows, pair by pair, or all of them with one; zero with a row of zeros."""
+    if row_format.num_signs:
+        differing = np.bitwise_count(row_format.signs(left) ^ row_format.signs(right)).sum(1)
+        known = (row_format.scales(left) > 0) & (row_format.scales(right) > 0)
+        return np.where(known, np.cos(np.pi * differing / row_format.num_signs), 0.0)
+    ours, theirs = (_unit(row_format.decode(codes)) for codes in (left, right))
+    return np.asarray((ours * theirs).sum(1, dtype=np.float64))
 
 
-def _cosines(rows: RowShards, products: NDArray[Any]) -> NDArray[np.float64]:
-    """Of what `_units` gives."""
-    return np.sin(np.pi / 2 * np.clip(products, -1, 1)) if rows.format.encoding in ("bit", "sparse") else products
-
-
-def _units(rows: RowShards, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The rows of these numbers, of bit and sparse ones the signs, each divided by its norm."""
-    codes, form = rows.take(numbers), rows.format
-    if form.encoding in ("bit", "sparse"):
-        count = form.length if form.encoding == "bit" else 8 * form.sign_bytes
-        decoded = 2 * np.unpackbits(form.signs(codes), axis=1, count=count, bitorder="little").astype(np.float32) - 1
-        decoded[form.scales(codes) == 0] = 0
-    else:
-        decoded = form.decode(codes)
-    norms = np.linalg.norm(decoded, axis=1, keepdims=True)
-    return (decoded / np.where(norms > 0, norms, 1)).astype(np.float32)
+def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def _parts(count: int) -> Iterator[slice]:

@@ -56,9 +56,15 @@ class RowFormat:
         return self.sparse.kept if self.encoding == "sparse" else self.length
 
     @property
+    def num_signs(self) -> int:
+        """How many signs a row begins with: of its own numbers, or of those that a sparse one is folded to."""
+        if self.encoding == "sparse":
+            return 8 * max(1, min(MOST_SKETCH_BYTES, self.most_bytes // SKETCH_SHARE))
+        return self.length if self.encoding == "bit" else 0
+
+    @property
     def sign_bytes(self) -> int:
-        """How many bytes of a bit or sparse row are signs, from the first on."""
-        return -(-self.length // 8) if self.encoding == "bit" else max(1, min(MOST_SKETCH_BYTES, self.most_bytes // SKETCH_SHARE))
+        return -(-self.num_signs // 8)
 
     @property
     def bytes_per_row(self) -> int:
@@ -79,7 +85,7 @@ class RowFormat:
         if self.encoding == "float16":
             return values.astype(np.float16).view(np.uint8)
         if self.encoding == "sparse":
-            folded = self.sparse.folded(values, 8 * self.sign_bytes)
+            folded = self.sparse.folded(values, self.num_signs)
             return np.concatenate([_signs(folded), self.sparse.encode(values), _as_bytes(_sign_scale(folded))], axis=1)
         if self.encoding == "int8":
             scales = largest / 127
@@ -113,7 +119,7 @@ class RowFormat:
 
     def sketch(self, codes: NDArray[np.uint8], most_bytes: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """The signs of `sketched` rows, packed [N, ≤ most_bytes], and a scale [N] for them."""
-        if self.encoding in ("bit", "sparse"):
+        if self.num_signs:
             return np.ascontiguousarray(self.signs(codes)[:, :: _stride(self.sign_bytes, most_bytes)]), self.scales(codes)
         values = self.sketched(self.decode(codes), most_bytes)
         return _signs(values), _sign_scale(values)
@@ -121,7 +127,7 @@ class RowFormat:
     def sketched(self, rows: NDArray[np.float32], most_bytes: int) -> NDArray[np.float32]:
         """Of rows [N, D], which are folded if they are sparse, the numbers whose signs are a sketch, [N, ≤ 8 most_bytes]: evenly spaced groups of
         eight, padded by zeros."""
-        whole = self.sparse.folded(rows, 8 * self.sign_bytes) if self.encoding == "sparse" else rows
+        whole = self.sparse.folded(rows, self.num_signs) if self.encoding == "sparse" else rows
         padded = np.pad(whole, ((0, 0), (0, -whole.shape[1] % 8)))
         groups = np.arange(0, padded.shape[1] // 8, _stride(padded.shape[1] // 8, most_bytes))
         return np.ascontiguousarray(padded[:, (8 * groups[:, None] + np.arange(8)).ravel()])

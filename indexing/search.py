@@ -22,6 +22,11 @@ FEW_ROWS = 4000
 """So many rows have no sketch: all of them are compared whole."""
 
 
+def held_bytes(row_format: RowFormat, num_rows: int) -> int:
+    """Of each row that is held decoded in memory: few sparse ones; zero where none is."""
+    return 8 * row_format.num_kept if row_format.encoding == "sparse" and num_rows <= FEW_ROWS else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
     """The rows found for each query, best first. A row that is not there, because fewer are allowed than were wanted, has number -1."""
@@ -158,7 +163,7 @@ def _rabitq_codes(signs: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDAr
 def row_scores(queries: NDArray[np.float32], rows: RowShards, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
     """The inner product of every query with the rows of these numbers, [Q, len(numbers)]; with bit rows, the query is rounded to eight bits."""
     _check(queries, rows.format.length)
-    if rows.format.encoding == "sparse" and rows.num_rows <= FEW_ROWS:
+    if held_bytes(rows.format, rows.num_rows):
         scores: NDArray[np.float32] = np.asarray((rows.held_sparse @ queries.T).T)[:, numbers]
         return scores
     at_once = {"bit": rows.format.bytes_per_row, "sparse": 32 * rows.format.bytes_per_row}.get(rows.format.encoding, 4 * rows.format.length)

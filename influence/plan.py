@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ekfac import BLOCK_NUMBERS, Backend, Coverage, Layer
-from indexing import FEW_ROWS, RowFormat
+from indexing import RowFormat, held_bytes
 from influence.batches import (
     BatchBudget,
     MemoryUse,
@@ -500,7 +500,6 @@ class _Costs:
             4 * 3 * min(max(1, self.batch) * most, max((16 if on_gpu else 1) * BLOCK_NUMBERS, self._rotated_whole() * max(1, self.batch)))
         )
         vectors, ids = 4 * square, BYTES_PER_ID * count
-        held_row = 8 * self.row.num_kept if self.row.encoding == "sparse" and count <= FEW_ROWS else 0
         made = captured + gradients
         factors = vectors + 12 * numbers  # and, for every weight, its eigenvalue, its inverse and its weight in rows
         asked = 4 * self.at_once * numbers
@@ -522,7 +521,7 @@ class _Costs:
             "factors": (12 if self.groups == 1 else 28) * most,
             "rows": ids + 24 * most + 8 * self.row.length * min(self.batch, self.config.data.sequences_per_shard, count),
             "scans": ids,
-            "fidelity": ids + (max(SKETCH_BYTES, held_row) + 16 * self.queries) * count,
+            "fidelity": ids + (max(SKETCH_BYTES, held_bytes(self.row, count)) + 16 * self.queries) * count,
         }
         read = {"covariances": 8 * square, "eigenbases": 16 * widest**2, "eigenvalues": 8 * numbers}.get(stage, 0)
         process = PROCESS_BYTES + beside.get(stage, 0)

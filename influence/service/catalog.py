@@ -21,7 +21,7 @@ import numpy as np
 from pyarrow import ArrowException
 from safetensors import SafetensorError
 
-from indexing import FEW_ROWS
+from indexing import held_bytes
 from influence import artifacts
 from influence.batches import factor_bytes
 from influence.errors import RequestError
@@ -306,8 +306,7 @@ def resident_bytes(run: Run) -> int:
     """What a loaded run keeps in memory: weights, factors and what makes rows of them, and the sketch of every row, normalized or not,
     or few sparse rows as they are."""
     rows = run.rows
-    held = rows.format.encoding == "sparse" and rows.num_rows <= FEW_ROWS
-    a_row = 8 * rows.format.num_kept if held else 2 * SKETCH_BYTES_PER_ROW
+    a_row = held_bytes(rows.format, rows.num_rows) or 2 * SKETCH_BYTES_PER_ROW
     weights = sum(p.numel() * p.element_size() for p in run.language_model.model.parameters())
     return weights + max(map(factor_bytes, run.layer_groups)) + a_row * rows.num_rows
 
