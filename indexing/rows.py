@@ -52,8 +52,8 @@ class RowFormat:
 
     @property
     def num_kept(self) -> int:
-        """How many of its numbers a row holds."""
-        return self.sparse.kept if self.encoding == "sparse" else self.length
+        """How many of its numbers a row holds; a sparse one, about."""
+        return self.sparse.num_kept if self.encoding == "sparse" else self.length
 
     @property
     def num_signs(self) -> int:
@@ -139,7 +139,7 @@ def row_length_within(encoding: Encoding, bytes_per_row: int) -> int:
         return bytes_per_row // 2
     if encoding == "sparse":
         length = max(SPARSE_LENGTH, SPARSE_NUMBERS_PER_BYTE * bytes_per_row)
-        return length if RowFormat(encoding=encoding, length=length, most_bytes=bytes_per_row).sparse.kept else 0
+        return length if RowFormat(encoding=encoding, length=length, most_bytes=bytes_per_row).num_kept else 0
     return max(0, bytes_per_row - SCALE_BYTES) * (1 if encoding == "int8" else 8)
 
 

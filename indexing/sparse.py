@@ -1,16 +1,19 @@
-"""Sparse rows as bytes: the largest numbers of a row, each by its place, its sign and one of two sizes.
+"""Sparse rows as bytes: the largest numbers of a row, each by its place, its sign and one of four sizes; as many as there is room for.
 
 Whitened gradients are heavy-tailed: an embedding's is that of the sequence's tokens alone, and of a linear layer's coordinates a few hold much of
 the norm. What is left out is missed and nothing more, while rows that spread every number over all bits carry the noise of all of them.
 
-The places are stored as Elias (1974) and Fano (1971) do: ascending, of each its last b bits, and of the rest, which only grows, one bit at the
-rest plus the number of places before it. Then come the signs, which numbers are large, and the sizes of the large and of the others, two float32.
-Sizes are means of √|x|, not of |x|: what was left out goes along with the smaller numbers rather than with the largest. They are scaled such that
-the product of the row with its decoded form is the row's squared norm, so that estimates have the right size for a query that points along it.
+Places are ascending whole numbers, coded as Elias (1974) and Fano (1971) do: of each its last b bits, and of the rest, which only grows, one bit at
+the rest plus the number of places before it. The kept places crowd together, in the embeddings of the sequence's tokens above all. A block of 32
+places that holds five or more of them is therefore told by its own place among the blocks, and by a bit for each of its places.
+Then come the signs, and which of the numbers are larger, which of these larger still, and so on. Sizes are means of √|x|, not of |x|: what was left
+out goes along with the smaller numbers rather than with the largest. They are scaled such that the product of the row with its decoded form is
+the row's squared norm, so that estimates have the right size for a query that points along it.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,88 +22,132 @@ from scipy.sparse import csr_array
 
 from ekfac import key_of, keyed_bits
 
-LARGE = 8
-"""One in so many of the kept numbers is large."""
-SIZE_BYTES = 8
-ROWS_AT_ONCE = 64
-"""So many are decoded at once: about a megabyte of numbers, which a cache holds."""
+BLOCK = 32
+CROWD = 5
+"""A block that holds so many kept places has a bit for each."""
+LARGER = 8
+"""One in so many of the kept numbers is larger, one in so many of these larger still, and so on."""
+NUM_SIZES = 4
+MOST_PER_BYTE = 3
+"""A kept number takes at least 2.7 bits: one in a block, its sign, and .7 for its size."""
+POWERS = np.exp2(np.arange(24, dtype=np.float32))
+"""Whole numbers of so many bits are exact in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseFormat:
-    """Rows of `length` numbers, of which `kept` are kept, with places whose last `low_bits` bits are stored as they are."""
+    """Rows of `length` numbers in `num_bytes` bytes: four sizes, how many places are coded one by one and how many blocks, and the bits."""
 
     length: int
-    kept: int
-    low_bits: int
+    num_bytes: int
 
     @classmethod
     def within(cls, most_bytes: int, length: int) -> "SparseFormat":
-        """The format that keeps most in at most so many bytes."""
-        formats = []
-        for low_bits in range(max(1, length.bit_length())):
-            kept = max(0, min(length, 8 * (most_bytes - SIZE_BYTES) // (low_bits + 3)))
-            while kept and cls(length=length, kept=kept, low_bits=low_bits).num_bytes > most_bytes:
-                kept -= 1
-            formats.append(cls(length=length, kept=kept, low_bits=low_bits))
-        return max(formats, key=lambda some: some.kept)
+        """The format of at most so many bytes; of fewer where a whole row takes no more."""
+        most = cls(length=length, num_bytes=max(0, most_bytes))
+        if length > most._most_kept:
+            return most
+        whole = -(-most.bits_for(np.arange(length)) // 8) + most.num_bytes - most.num_bits // 8
+        return cls(length=length, num_bytes=min(most.num_bytes, whole))
 
     @property
-    def num_bytes(self) -> int:
-        """Of a row."""
-        return sum(self._widths()) + SIZE_BYTES
-
-    def _widths(self) -> list[int]:
-        """Bytes of each plane of last bits, of the rests, of the signs, and of what is large."""
-        plane = -(-self.kept // 8)
-        return [plane] * self.low_bits + [-(-self._rest_bits // 8), plane, plane]
+    def num_kept(self) -> int:
+        """About how many numbers a row keeps: one for each byte. It is more where they crowd together."""
+        return max(0, min(self.length, self.num_bits // 8))
 
     @property
-    def _rest_bits(self) -> int:
-        return self.kept + (max(self.length, 1) - 1 >> self.low_bits)
+    def _most_kept(self) -> int:
+        return max(0, self.num_bits * MOST_PER_BYTE // 8)
+
+    @property
+    def num_bits(self) -> int:
+        """What is left for places, signs and sizes."""
+        return 8 * (self.num_bytes - 4 * NUM_SIZES - 2 * self._counts.itemsize)
+
+    @property
+    def _counts(self) -> np.dtype[np.unsignedinteger]:
+        return np.dtype(np.uint16 if 8 * self.num_bytes < 2**16 else np.uint32)
+
+    def bits_for(self, places: NDArray[np.int64]) -> int:
+        """What numbers at these places take."""
+        held = np.bincount(places // BLOCK)
+        crowds = held[held >= CROWD]
+        count, larger = len(places), [len(places), *_larger(len(places))]
+        bits = (
+            _bits_of_places(count - int(crowds.sum()), self.length) + _bits_of_places(len(crowds), self._num_blocks) + BLOCK * len(crowds)
+        )
+        return bits + count + sum(_bits_of_places(few, many) for many, few in pairwise(larger))
+
+    @property
+    def _num_blocks(self) -> int:
+        return -(-self.length // BLOCK)
 
     def encode(self, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Rows [N, L], which are finite, as bytes [N, num_bytes]."""
-        places = np.stack([_largest(np.abs(row), self.kept) for row in rows]) if len(rows) else np.zeros((0, self.kept), dtype=np.int64)
-        kept = np.take_along_axis(rows, places, axis=1)
-        sizes = np.abs(kept).astype(np.float64)
-        order = np.argsort(-sizes, axis=1, kind="stable")
-        nonzero = (sizes > 0).sum(1, keepdims=True)
-        num_large = np.where(nonzero == self.kept, -(-self.kept // LARGE), nonzero)  # a row of few numbers has no others but zeros
-        large = np.empty(sizes.shape, dtype=np.bool_)
-        np.put_along_axis(large, order, np.arange(self.kept) < num_large, axis=1)
-        roots = np.sqrt(sizes)
-        means = np.stack([(roots * some).sum(1) / np.maximum(some.sum(1), 1) for some in (large, ~large)], axis=1)
-        product = (np.where(large, means[:, :1], means[:, 1:]) * sizes).sum(1)
-        means *= (np.array([row @ row for row in rows]) / np.where(product > 0, product, 1))[:, None]
-        rests = np.zeros((len(rows), self._rest_bits), dtype=np.bool_)
-        np.put_along_axis(rests, (places >> self.low_bits) + np.arange(self.kept), True, axis=1)
-        planes = [*((places >> bit & 1).astype(np.bool_) for bit in range(self.low_bits)), rests, kept >= 0, large]
-        packed = [np.packbits(plane, axis=1, bitorder="little") for plane in planes]
-        return np.concatenate([*packed, means.astype(np.float32).view(np.uint8)], axis=1)
+        codes = np.zeros((len(rows), self.num_bytes), dtype=np.uint8)
+        for row, code in zip(rows, codes, strict=True):
+            head, bits = self._encoded(row)
+            code[: len(head)] = np.frombuffer(head, dtype=np.uint8)
+            packed = np.packbits(np.concatenate(bits), bitorder="little")
+            code[len(head) : len(head) + len(packed)] = packed
+        return codes
+
+    def _encoded(self, row: NDArray[np.float32]) -> tuple[bytes, list[NDArray[np.bool_]]]:
+        chosen = self._chosen(np.abs(row))
+        held = np.bincount(chosen // BLOCK, minlength=self._num_blocks)
+        blocks, crowded = np.flatnonzero(held >= CROWD), held[chosen // BLOCK] >= CROWD
+        alone, among = chosen[~crowded], chosen[crowded]
+        within = np.zeros(BLOCK * len(blocks), dtype=np.bool_)
+        within[BLOCK * np.searchsorted(blocks, among // BLOCK) + among % BLOCK] = True
+        numbers = row[np.concatenate([alone, among])].astype(np.float64)
+        bits = [*_places_as_bits(alone, self.length), *_places_as_bits(blocks, self._num_blocks), within, numbers >= 0]
+        level = np.zeros(len(numbers), dtype=np.int64)
+        order, larger = np.argsort(-np.abs(numbers), kind="stable"), np.arange(len(numbers))
+        for number, few in enumerate(_larger(len(numbers)), start=1):
+            best = np.sort(order[:few])
+            bits += _places_as_bits(np.searchsorted(larger, best), len(larger))
+            level[best], larger = number, best
+        means = np.bincount(level, np.sqrt(np.abs(numbers)), NUM_SIZES) / np.maximum(np.bincount(level, minlength=NUM_SIZES), 1)
+        product = means[level] @ np.abs(numbers)
+        sizes = (means * (row @ row / (product if product > 0 else 1))).astype(np.float32)
+        return np.array([len(alone), len(blocks)], dtype=self._counts).tobytes() + sizes.tobytes(), bits
+
+    def _chosen(self, sizes: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Places, ascending, of the largest numbers, as many as there is room for; none of zeros."""
+        places = _largest(sizes, min(len(sizes), self._most_kept))
+        places = places[sizes[places] > 0]
+        if self.bits_for(places) <= self.num_bits:
+            return places
+        places, low, high = places[np.argsort(-sizes[places], kind="stable")], 0, len(places)
+        while high - low > 1:  # there is room for `low` of them and not for `high`
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.bits_for(places[:middle]) <= self.num_bits else (low, middle)
+        return np.sort(places[:low])
 
     def decode(self, codes: NDArray[np.uint8]) -> csr_array:
         """The rows of these bytes, [N, L] in float32."""
-        index = np.int32 if max(len(codes) * self.kept, self.length) < 2**31 else np.int64  # SciPy would take 64 bits for both
-        places, numbers = np.empty((len(codes), self.kept), dtype=index), np.empty((len(codes), self.kept), dtype=np.float32)
-        for first in range(0, len(codes), ROWS_AT_ONCE):
-            some = slice(first, first + ROWS_AT_ONCE)
-            places[some], numbers[some] = self._decoded(codes[some])
-        starts = (self.kept * np.arange(len(codes) + 1, dtype=np.int64)).astype(index)
-        return csr_array((numbers.ravel(), places.ravel(), starts), shape=(len(codes), self.length))
+        rows = [self._decoded(code) for code in codes]
+        starts = np.cumsum([0, *(len(places) for places, _ in rows)])
+        index = np.int32 if max(starts[-1], self.length) < 2**31 else np.int64  # SciPy would take 64 bits for both
+        places = np.concatenate([np.zeros(0, dtype=index), *(places for places, _ in rows)], dtype=index)
+        numbers = np.concatenate([np.zeros(0, dtype=np.float32), *(numbers for _, numbers in rows)])
+        return csr_array((numbers, places, starts.astype(index)), shape=(len(codes), self.length))
 
-    def _decoded(self, codes: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        *planes, rests, signs, large = np.split(codes[:, :-SIZE_BYTES], np.cumsum(self._widths())[:-1], axis=1)
-        bits = _bits(rests, self._rest_bits)
-        bits[~bits.any(1), : self.kept] = 1  # bytes that were erased stand for zeros
-        places = np.flatnonzero(bits).reshape(len(codes), self.kept)
-        places -= np.arange(len(codes))[:, None] * self._rest_bits + np.arange(self.kept)
-        for plane in reversed(planes):
-            places <<= 1
-            places += _bits(plane, self.kept)
-        sizes = np.ascontiguousarray(codes[:, -SIZE_BYTES:]).view(np.float32)
-        numbers = sizes[:, 1:] + _bits(large, self.kept) * (sizes[:, :1] - sizes[:, 1:])
-        return places, numbers * (2 * _bits(signs, self.kept).astype(np.float32) - 1)
+    def _decoded(self, code: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Of one row: places and numbers, in no order."""
+        start = 2 * self._counts.itemsize
+        head = start + 4 * NUM_SIZES
+        alone, num_blocks = code[:start].view(self._counts).tolist()
+        sizes, bits = code[start:head].view(np.float32), _Bits(np.unpackbits(code[head:], bitorder="little"))
+        own, blocks = bits.places(alone, self.length), bits.places(num_blocks, self._num_blocks)
+        within = np.flatnonzero(bits.take(BLOCK * num_blocks).view(np.bool_))
+        found = np.concatenate([own, BLOCK * blocks[within // BLOCK] + (within % BLOCK).astype(np.int32)])
+        signs = 2 * bits.take(len(found)).astype(np.float32) - 1
+        numbers, larger = np.full(len(found), sizes[0]), np.arange(len(found))
+        for size, few in zip(sizes[1:], _larger(len(found)), strict=True):
+            larger = larger[bits.places(few, len(larger))]
+            numbers[larger] = size
+        return found, numbers * signs
 
     def folded(self, rows: NDArray[np.float32], width: int) -> NDArray[np.float32]:
         """Rows [N, L] as [N, width], width even: cut into stretches that are summed with random signs, and mixed by a cosine transform.
@@ -121,6 +168,50 @@ class SparseFormat:
         return np.where(bits & np.uint64(1), np.float32(1), np.float32(-1))
 
 
+class _Bits:
+    """Bits, one a byte, that are read one after another."""
+
+    def __init__(self, bits: NDArray[np.uint8]) -> None:
+        self._bits, self._next = bits, 0
+
+    def take(self, count: int) -> NDArray[np.uint8]:
+        self._next += count
+        return self._bits[self._next - count : self._next]
+
+    def places(self, count: int, universe: int) -> NDArray[np.int32]:
+        """What `_places_as_bits` wrote."""
+        low_bits, num_rests = _elias_fano(count, universe)
+        last = POWERS[:low_bits] @ self.take(low_bits * count).reshape(low_bits, count).astype(np.float32)
+        places = (np.flatnonzero(self.take(num_rests).view(np.bool_)) - np.arange(count)).astype(np.int32)
+        places <<= low_bits
+        places += last.astype(np.int32)
+        return places
+
+
+def _places_as_bits(places: NDArray[np.int64], universe: int) -> list[NDArray[np.bool_]]:
+    """Ascending places below `universe`: their last bits, the lowest first, and their rests."""
+    low_bits, num_rests = _elias_fano(len(places), universe)
+    rests = np.zeros(num_rests, dtype=np.bool_)
+    rests[(places >> low_bits) + np.arange(len(places))] = True
+    return [*((places >> bit & 1).astype(np.bool_) for bit in range(low_bits)), rests]
+
+
+def _bits_of_places(count: int, universe: int) -> int:
+    low_bits, num_rests = _elias_fano(count, universe)
+    return low_bits * count + num_rests
+
+
+def _elias_fano(count: int, universe: int) -> tuple[int, int]:
+    """How many last bits each of so many places below `universe` has, and how many bits the rests take."""
+    low_bits = max(0, (universe // max(1, count)).bit_length() - 1)
+    return low_bits, count + (max(0, universe - 1) >> low_bits) if count else 0
+
+
+def _larger(count: int) -> list[int]:
+    """How many of so many numbers are larger, how many of these larger still, and so on."""
+    return [-(-count // LARGER**level) for level in range(1, NUM_SIZES)]
+
+
 def _largest(sizes: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Where the largest are, ascending; of equal ones the first."""
     if count == 0:
@@ -128,7 +219,3 @@ def _largest(sizes: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     least = np.partition(sizes, len(sizes) - count)[len(sizes) - count]
     above, equal = np.flatnonzero(sizes > least), np.flatnonzero(sizes == least)
     return np.sort(np.concatenate([above, equal[: count - len(above)]]))
-
-
-def _bits(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
-    return np.unpackbits(packed, axis=1, count=count, bitorder="little")

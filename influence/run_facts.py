@@ -52,7 +52,7 @@ def run_facts(run: "Run") -> dict[str, Any]:
         "coverage": coverage_facts(run),
         "fit": {"sequences": run.fitted_on, "of": len(run.training), "settings": run.description["settings"]["factors"]},
         "layers": [_with_spectrum(run, facts, row_numbers) for facts in layer_facts(run)],
-        "index": _index_facts(run),
+        "index": _index_facts(run, row_numbers),
         "fidelity": json.loads(json.dumps(run.fidelity.to_json())) if run.fidelity else None,
         "rankings": _evaluated(run),
         "self_influence": _self_influence(run.self_influence[live]),
@@ -159,13 +159,13 @@ def spectrum(eigenvalues: torch.Tensor, damping: float) -> dict[str, Any]:
     }
 
 
-def _index_facts(run: "Run") -> dict[str, Any]:
+def _index_facts(run: "Run", row_numbers: Mapping[str, float]) -> dict[str, Any]:
     config, fidelity = run.index_config, run.fidelity
     ends = {} if fidelity is None else {name: {str(k): end.candidates_for(k) for k in (1, 10, 100)} for name, end in fidelity.ends.items()}
     return {
         "encoding": config.encoding,
         "bytes_per_sequence": run.row_format.bytes_per_row,
-        "numbers_per_row": run.row_format.num_kept,
+        "numbers_per_row": round(sum(row_numbers.values())),
         "dimensions": sum(layer.shape[0] * layer.shape[1] for layer in run.coverage.layers),
         "candidates": ends,
     }
