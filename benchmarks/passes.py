@@ -124,8 +124,8 @@ class Passes:
 
     def rows(self) -> None:
         weights = {name: factor.row_weight() for name, factor in self.factors.items()}
-        spec = feature_spec(self.layers, weights, row_length_within("bit", 8192), seed=0)
-        signs, row_format = spreaders(spec, self.factors), RowFormat(encoding="bit", length=spec.row_length)
+        spec = feature_spec(self.layers, weights, row_length_within("sparse", 8192), seed=0, mixed=False)
+        signs, row_format = spreaders(spec, self.factors), RowFormat(encoding="sparse", length=spec.row_length, most_bytes=8192)
         for batch in self.batches:
             rows, _ = feature_rows(self.model, self.layers, self.factors, spec, signs, true_label_loss, batch)
             row_format.encode(rows)

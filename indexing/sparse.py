@@ -13,7 +13,6 @@ the row's squared norm, so that estimates have the right size for a query that p
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,11 +71,10 @@ class SparseFormat:
         """What numbers at these places take."""
         held = np.bincount(places // BLOCK)
         crowds = held[held >= CROWD]
-        count, larger = len(places), [len(places), *_larger(len(places))]
-        bits = (
-            _bits_of_places(count - int(crowds.sum()), self.length) + _bits_of_places(len(crowds), self._num_blocks) + BLOCK * len(crowds)
-        )
-        return bits + count + sum(_bits_of_places(few, many) for many, few in pairwise(larger))
+        alone, blocks = len(places) - int(crowds.sum()), len(crowds)
+        where = _bits_of_places(alone, self.length) + _bits_of_places(blocks, self._num_blocks) + BLOCK * blocks
+        count, *larger = _levels(len(places))
+        return where + count + _bits_of_places(larger[0], count) + sum(larger[:-1])
 
     @property
     def _num_blocks(self) -> int:
@@ -101,12 +99,11 @@ class SparseFormat:
         within[BLOCK * np.searchsorted(blocks, among // BLOCK) + among % BLOCK] = True
         numbers = row[np.concatenate([alone, among])].astype(np.float64)
         bits = [*_places_as_bits(alone, self.length), *_places_as_bits(blocks, self._num_blocks), within, numbers >= 0]
-        level = np.zeros(len(numbers), dtype=np.int64)
-        order, larger = np.argsort(-np.abs(numbers), kind="stable"), np.arange(len(numbers))
-        for number, few in enumerate(_larger(len(numbers)), start=1):
-            best = np.sort(order[:few])
-            bits += _places_as_bits(np.searchsorted(larger, best), len(larger))
-            level[best], larger = number, best
+        level, descending = np.zeros(len(numbers), dtype=np.int64), np.argsort(-np.abs(numbers), kind="stable")
+        for number, few in enumerate(_levels(len(numbers))[1:], start=1):
+            level[descending[:few]] = number
+            own = level[level >= number - 1] == number
+            bits += _places_as_bits(np.flatnonzero(own), len(own)) if number == 1 else [own]
         means = np.bincount(level, np.sqrt(np.abs(numbers)), NUM_SIZES) / np.maximum(np.bincount(level, minlength=NUM_SIZES), 1)
         product = means[level] @ np.abs(numbers)
         sizes = (means * (row @ row / (product if product > 0 else 1))).astype(np.float32)
@@ -141,11 +138,13 @@ class SparseFormat:
         sizes, bits = code[start:head].view(np.float32), _Bits(np.unpackbits(code[head:], bitorder="little"))
         own, blocks = bits.places(alone, self.length), bits.places(num_blocks, self._num_blocks)
         within = np.flatnonzero(bits.take(BLOCK * num_blocks).view(np.bool_))
-        found = np.concatenate([own, BLOCK * blocks[within // BLOCK] + (within % BLOCK).astype(np.int32)])
+        shifts = BLOCK * (blocks - np.arange(num_blocks, dtype=np.int32))
+        found = np.concatenate([own, shifts[within // BLOCK] + within.astype(np.int32)])
         signs = 2 * bits.take(len(found)).astype(np.float32) - 1
-        numbers, larger = np.full(len(found), sizes[0]), np.arange(len(found))
-        for size, few in zip(sizes[1:], _larger(len(found)), strict=True):
-            larger = larger[bits.places(few, len(larger))]
+        numbers, larger = np.full(len(found), sizes[0]), bits.places(_levels(len(found))[1], len(found))
+        numbers[larger] = sizes[1]
+        for size in sizes[2:]:
+            larger = larger[bits.take(len(larger)).view(np.bool_)]
             numbers[larger] = size
         return found, numbers * signs
 
@@ -207,9 +206,9 @@ def _elias_fano(count: int, universe: int) -> tuple[int, int]:
     return low_bits, count + (max(0, universe - 1) >> low_bits) if count else 0
 
 
-def _larger(count: int) -> list[int]:
-    """How many of so many numbers are larger, how many of these larger still, and so on."""
-    return [-(-count // LARGER**level) for level in range(1, NUM_SIZES)]
+def _levels(count: int) -> list[int]:
+    """Of so many numbers how many have each size or a larger one, from the smallest size on."""
+    return [-(-count // LARGER**level) for level in range(NUM_SIZES)]
 
 
 def _largest(sizes: NDArray[np.float32], count: int) -> NDArray[np.int64]:

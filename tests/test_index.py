@@ -166,7 +166,7 @@ def test_sparse_rows_stay_what_they_are() -> None:
         *[1, 1, 0],  # block 1 of 3: its last bit, and the rest 0
         *[1, 0, 1, 0, 1, 0, 1, 0, 1, *[0] * 23],  # its places
         *[1, 0, 1, 0, 1, 0, 1],  # signs of 9, -1, 4, -4, 4, -4, 4
-        *[0, 0, 1, 0, 1, 1],  # the first is the larger one of these seven, and of itself, and again
+        *[0, 0, 1, 0, 1, 1],  # the first is the larger one of these seven, which is larger still, and again
     ]
     bits = np.unpackbits(code[20:], bitorder="little").tolist()
     assert bits == expected + [0] * (len(bits) - len(expected))
