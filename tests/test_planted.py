@@ -136,11 +136,11 @@ def test_self_influence_of_a_label_is_its_own_gradients_product(run: Run) -> Non
     assert found[0] == pytest.approx(expected / N, rel=1e-3)
 
 
-def test_opposition_is_the_strongest_negative_influence_on_another_label(run: Run) -> None:
+def test_opposition_is_minus_the_influence_on_other_labels(run: Run) -> None:
     asked = [run.measure("Lisbon lies on", " the Tagus."), run.measure("Oslo lies on", " the Aker."), run.measure("Lima", " lies on")]
     sequences = [run.store[number] for number in (0, 7, 20)]
     scores = [run.query(one.prompt, one.completion, k=N, exact=True).scores() for one in asked]
-    expected = [-min(scores[query][s.id] for query in range(3) if query != place) for place, s in enumerate(sequences)]
+    expected = [[0 if row == column else -scores[row][s.id] for column, s in enumerate(sequences)] for row in range(3)]
     np.testing.assert_allclose(opposition(run, asked, sequences), expected, rtol=1e-3, atol=1e-6)
 
 
@@ -152,17 +152,18 @@ def test_wrong_labels_are_ranked_by_every_score(influence: Influence, copy: Path
     labels = write_jsonl(copy.with_name("labels.jsonl"), lines)
     answer = influence("evaluate", copy, "mislabel", "--labels", labels, "--json").json
     of_labels = [
-        "self-influence of the label and opposition",
+        "ranks by the next three, added",
         "self-influence of the label",
-        "opposition to another label",
+        "opposition to one other label",
+        "opposition to all other labels",
         "loss of the label",
     ]
     names = [*of_labels, "self-influence", "loss"]
     assert [score["name"] for score in answer["scores"]] == names
     assert (answer["num_labels"], answer["num_wrong"]) == (20, 7)
     own, wrong = run.self_influence[:20], np.arange(20) % 3 == 0
-    assert answer["scores"][4]["auc"] == pytest.approx(mannwhitneyu(own[wrong], own[~wrong]).statistic / (7 * 13))
-    assert answer["scores"][4]["found_in_first"] == pytest.approx(wrong[np.argsort(-own)[:7]].mean())
+    assert answer["scores"][5]["auc"] == pytest.approx(mannwhitneyu(own[wrong], own[~wrong]).statistic / (7 * 13))
+    assert answer["scores"][5]["found_in_first"] == pytest.approx(wrong[np.argsort(-own)[:7]].mean())
     assert json.loads((copy / "evaluations/mislabel.json").read_text()) == answer
     assert (copy / "evaluations/mislabel.png").read_bytes().startswith(b"\x89PNG")
     bare = write_jsonl(copy.with_name("bare.jsonl"), [{"id": line["id"], "wrong": line["wrong"]} for line in lines])

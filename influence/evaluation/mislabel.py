@@ -57,18 +57,19 @@ def labels_of(run: Run, lines: Sequence[tuple[str, Mapping[str, Any], str]]) -> 
 
 def label_scores(run: Run, labels: Labels, progress: Progress) -> dict[str, NDArray[np.float64]]:
     """[M] by each score, larger where a label is suspected: self-influence and loss of the sequence, and where labels are known, of the label alone,
-    and opposition to another label. First, self-influence of the label and opposition together: what one more copy would do for its own label, and
-    against another, in nats."""
+    and opposition to the other labels, to one and to all together. First, the ranks by self-influence and these two, added."""
     sequences = run.store.select(labels.numbers.tolist())
     whole = [Measurement(prompt="", completion=one.text, contrast=None, parts=((1.0, one),)) for one in sequences]
     model = run.language_model.model
     found = {"self-influence": run.self_influence[labels.numbers], "loss": query_losses(model, whole, 16)}
     if labels.asked is not None:
-        own, against = self_influence(run, labels.asked, progress), opposition(run, labels.asked, sequences)
+        own, opposed = self_influence(run, labels.asked, progress), opposition(run, labels.asked, sequences)
+        strongest, summed = opposed.max(0), opposed.sum(0)
         found = {
-            "self-influence of the label and opposition": own + against,
+            "ranks by the next three, added": rankdata(own) + rankdata(strongest) + rankdata(summed),
             "self-influence of the label": own,
-            "opposition to another label": against,
+            "opposition to one other label": strongest,
+            "opposition to all other labels": summed,
             "loss of the label": query_losses(model, labels.asked, 16),
             **found,
         }
@@ -90,11 +91,12 @@ def self_influence(run: Run, measurements: Sequence[Measurement], progress: Prog
 
 
 def opposition(run: Run, measurements: Sequence[Measurement], sequences: Sequence[TrainingSequence]) -> NDArray[np.float64]:
-    """[M]: minus the smallest influence, in nats, of each sequence on the label of another: a wrong label is contradicted by right ones."""
+    """[M, M]: minus the influence, in nats, of each sequence (column) on the label of another (row), and zero on its own: wrong labels contradict
+    right ones."""
     groups = in_groups(measurements, run, None)
     scores = np.concatenate([scan_parts(solved(run, run.attributed, group, None).vectors, sequences) for group in groups])
-    np.fill_diagonal(scores, np.inf)
-    return np.asarray(-scores.min(0) / len(run.training))
+    np.fill_diagonal(scores, 0)
+    return np.asarray(-scores / len(run.training))
 
 
 def auc(scores: NDArray[np.float64], wrong: NDArray[np.bool_]) -> Estimate:
