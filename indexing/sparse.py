@@ -27,6 +27,8 @@ CROWD = 5
 LARGER = 8
 """One in so many of the kept numbers is larger, one in so many of these larger still, and so on."""
 NUM_SIZES = 4
+ROWS_AT_ONCE = 32
+"""So many are decoded at once."""
 MOST_PER_BYTE = 3
 """A kept number takes at least 2.7 bits: one in a block, its sign, and .7 for its size."""
 POWERS = np.exp2(np.arange(24, dtype=np.float32))
@@ -123,30 +125,37 @@ class SparseFormat:
 
     def decode(self, codes: NDArray[np.uint8]) -> csr_array:
         """The rows of these bytes, [N, L] in float32."""
-        rows = [self._decoded(code) for code in codes]
-        starts = np.cumsum([0, *(len(places) for places, _ in rows)])
-        index = np.int32 if max(starts[-1], self.length) < 2**31 else np.int64  # SciPy would take 64 bits for both
-        places = np.concatenate([np.zeros(0, dtype=index), *(places for places, _ in rows)], dtype=index)
-        numbers = np.concatenate([np.zeros(0, dtype=np.float32), *(numbers for _, numbers in rows)])
-        return csr_array((numbers, places, starts.astype(index)), shape=(len(codes), self.length))
+        index = np.int32 if max(len(codes) * self._most_kept, self.length) < 2**31 else np.int64  # SciPy would take 64 bits for both
+        parts = [self._decoded(codes[first : first + ROWS_AT_ONCE]) for first in range(0, len(codes), ROWS_AT_ONCE)]
+        starts = np.cumsum(np.concatenate([[0], *(kept for kept, _, _ in parts)])).astype(index)
+        places = np.concatenate([np.zeros(0, dtype=index), *(own for _, own, _ in parts)], dtype=index)
+        numbers = np.concatenate([np.zeros(0, dtype=np.float32), *(own for _, _, own in parts)])
+        return csr_array((numbers, places, starts), shape=(len(codes), self.length))
 
-    def _decoded(self, code: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Of one row: places and numbers, in no order."""
-        start = 2 * self._counts.itemsize
+    def _decoded(self, codes: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """How many numbers each row keeps; places and numbers of one row after the other, a row's in no order."""
+        start, rows = 2 * self._counts.itemsize, np.arange(len(codes))
         head = start + 4 * NUM_SIZES
-        alone, num_blocks = code[:start].view(self._counts).tolist()
-        sizes, bits = code[start:head].view(np.float32), _Bits(np.unpackbits(code[head:], bitorder="little"))
-        own, blocks = bits.places(alone, self.length), bits.places(num_blocks, self._num_blocks)
-        within = np.flatnonzero(bits.take(BLOCK * num_blocks).view(np.bool_))
-        shifts = BLOCK * (blocks - np.arange(num_blocks, dtype=np.int32))
-        found = np.concatenate([own, shifts[within // BLOCK] + within.astype(np.int32)])
-        signs = 2 * bits.take(len(found)).astype(np.float32) - 1
-        numbers, larger = np.full(len(found), sizes[0]), bits.places(_levels(len(found))[1], len(found))
-        numbers[larger] = sizes[1]
-        for size in sizes[2:]:
-            larger = larger[bits.take(len(larger)).view(np.bool_)]
-            numbers[larger] = size
-        return found, numbers * signs
+        alone, num_blocks = np.ascontiguousarray(codes[:, :start]).view(self._counts).astype(np.int64).T
+        sizes, bits = np.ascontiguousarray(codes[:, start:head]).view(np.float32), _Bits(codes[:, head:])
+        own = bits.places(alone, np.full_like(alone, self.length))
+        blocks = bits.places(num_blocks, np.full_like(alone, self._num_blocks))
+        within = np.flatnonzero(bits.take(BLOCK * num_blocks))  # a row's blocks follow those of the row before, and so do their places
+        ends = np.searchsorted(within, BLOCK * np.concatenate([[0], np.cumsum(num_blocks)]))
+        crowded, among = np.diff(ends), within + (BLOCK * (blocks - np.arange(len(blocks))))[within // BLOCK]
+        pieces = zip(np.split(own, np.cumsum(alone)[:-1]), np.split(among, ends[1:-1]), strict=True)
+        places = np.concatenate([piece for pair in pieces for piece in pair])
+        kept = alone + crowded
+        signs = 2 * bits.take(kept).astype(np.float32) - 1
+        few = np.array([_levels(count)[1] for count in kept.tolist()])
+        owner, larger = np.repeat(rows, few), bits.places(few, kept) + np.repeat(np.cumsum(kept) - kept, few)
+        numbers = np.repeat(sizes[:, 0], kept)
+        numbers[larger] = sizes[owner, 1]
+        for level in range(2, NUM_SIZES):
+            still = bits.take(np.bincount(owner, minlength=len(codes)))
+            owner, larger = owner[still], larger[still]
+            numbers[larger] = sizes[owner, level]
+        return kept, places, numbers * signs
 
     def folded(self, rows: NDArray[np.float32], width: int) -> NDArray[np.float32]:
         """Rows [N, L] as [N, width], width even: cut into stretches that are summed with random signs, and mixed by a cosine transform.
@@ -168,23 +177,32 @@ class SparseFormat:
 
 
 class _Bits:
-    """Bits, one a byte, that are read one after another."""
+    """The bits of several rows, which are read one after another; of every row as many as it has of what is read."""
 
-    def __init__(self, bits: NDArray[np.uint8]) -> None:
-        self._bits, self._next = bits, 0
+    def __init__(self, codes: NDArray[np.uint8]) -> None:
+        self._rows = list(np.unpackbits(codes, axis=1, bitorder="little").view(np.bool_))
+        self._next = [0] * len(codes)
 
-    def take(self, count: int) -> NDArray[np.uint8]:
-        self._next += count
-        return self._bits[self._next - count : self._next]
+    def _pieces(self, counts: list[int]) -> list[NDArray[np.bool_]]:
+        pieces = [row[first : first + count] for row, first, count in zip(self._rows, self._next, counts, strict=True)]
+        self._next = [first + count for first, count in zip(self._next, counts, strict=True)]
+        return pieces
 
-    def places(self, count: int, universe: int) -> NDArray[np.int32]:
-        """What `_places_as_bits` wrote."""
-        low_bits, num_rests = _elias_fano(count, universe)
-        last = POWERS[:low_bits] @ self.take(low_bits * count).reshape(low_bits, count).astype(np.float32)
-        places = (np.flatnonzero(self.take(num_rests).view(np.bool_)) - np.arange(count)).astype(np.int32)
-        places <<= low_bits
-        places += last.astype(np.int32)
-        return places
+    def take(self, counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """So many bits of each row, those of one row after those of another."""
+        return np.concatenate(self._pieces(counts.tolist()))
+
+    def places(self, counts: NDArray[np.int64], universes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What `_places_as_bits` wrote of so many places in each row."""
+        shapes = np.array([_elias_fano(count, universe) for count, universe in zip(counts.tolist(), universes.tolist(), strict=True)])
+        low_bits, num_rests = shapes.T
+        planes = self._pieces((low_bits * counts).tolist())
+        by_row = zip(low_bits.tolist(), counts.tolist(), planes, strict=True)
+        last = [POWERS[:low] @ plane.reshape(low, count).astype(np.float32) for low, count, plane in by_row]
+        ends = np.flatnonzero(self.take(num_rests)) - np.arange(counts.sum())
+        starts = (np.cumsum(num_rests) - num_rests) - (np.cumsum(counts) - counts)
+        places: NDArray[np.int64] = ends - np.repeat(starts, counts) << np.repeat(low_bits, counts)
+        return places + np.concatenate(last).astype(np.int64)
 
 
 def _places_as_bits(places: NDArray[np.int64], universe: int) -> list[NDArray[np.bool_]]:
@@ -202,7 +220,7 @@ def _bits_of_places(count: int, universe: int) -> int:
 
 def _elias_fano(count: int, universe: int) -> tuple[int, int]:
     """How many last bits each of so many places below `universe` has, and how many bits the rests take."""
-    low_bits = max(0, (universe // max(1, count)).bit_length() - 1)
+    low_bits = min(len(POWERS), max(0, (universe // max(1, count)).bit_length() - 1))
     return low_bits, count + (max(0, universe - 1) >> low_bits) if count else 0
 
 

@@ -188,6 +188,13 @@ def test_few_numbers_among_zeros_are_all_that_is_kept() -> None:
     assert decoded[1, 7] == -4
 
 
+def test_a_single_number_is_kept_among_very_many() -> None:
+    row = np.zeros((1, 2**25 + 1), dtype=np.float32)
+    row[0, 2**25 - 7] = -3
+    decoded = SparseFormat.within(200, row.shape[1]).decode(SparseFormat.within(200, row.shape[1]).encode(row))
+    assert (decoded.indices.tolist(), decoded.data.tolist()) == ([2**25 - 7], [-3])
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("length", [64, 61])
 def test_index_of_few_rows_equals_blockwise_exact_search(encoding: Encoding, length: int) -> None:
