@@ -68,19 +68,21 @@ def conjugate_gradients(
     max_steps: int,
     progress: Callable[[int, float], None] = lambda step, residual: None,
 ) -> Solution:
-    """Solves A x = b for Q right-hand sides at once, from x = 0, so that the first iterate is the preconditioner's answer at its best length.
+    """Solves A x = b for Q right-hand sides at once, by conjugate gradients from x = 0, of whose iterates the smallest residual is combined.
 
-    `product(v)` is A v and `precondition(v)` = P v about A⁻¹ v, both for some of the Q. A query whose relative residual is at most `tolerance`
-    takes no further part. Residuals are measured in the norm of P: were P = A⁻¹, this would be the error of x itself, in units of A.
-    `progress(step, largest residual)` is called after each step. Raises ValueError when A is not positive definite along a direction. (Hestenes and
-    Stiefel 1952; preconditioned as in Saad 2003, algorithm 9.1.)
+    `product(v)` is A v and `precondition(v)` = P v about A⁻¹ v, both for some of the Q. The iterates are averaged with weights that are the inverse
+    squares of their residuals, which never grow then, in the norm of P, and are the smallest that so many products allow (Weiss 1996, Parameter-free
+    iterative linear solvers, residual smoothing): were P = A⁻¹, this would be the error of x itself, in units of A. A query whose relative residual
+    is at most `tolerance` takes no further part. `progress(step, largest residual)` is called after each step. Raises ValueError when A is not
+    positive definite along a direction. (Hestenes and Stiefel 1952; preconditioned as in Saad 2003, algorithm 9.1.)
     """
     direction = precondition(dict(right))
     first = _dot(right, direction)
     active = torch.arange(len(first), device=first.device)[first > 0]
     solution = {name: torch.zeros_like(vector) for name, vector in right.items()}
     residual, direction = _some(right, active), _some(direction, active)
-    energy = first[active]
+    iterate = _some(solution, active)
+    energy = smallest = first[active]  # squares of the residuals, of the iterate and of the solution
     history = [(first > 0).double()]
     for step in range(1, max_steps + 1):
         if len(active) == 0:
@@ -90,17 +92,20 @@ def conjugate_gradients(
         if not bool((torch.isfinite(curvature) & (curvature > 0)).all()):
             raise ValueError("the system is not positive definite, or not finite: raise the damping")
         length = energy / curvature
-        for name in solution:
-            solution[name][active] += _times(direction[name], length)
+        iterate = {name: iterate[name] + _times(direction[name], length) for name in iterate}
         residual = {name: residual[name] - _times(image[name], length) for name in residual}
         fresh = precondition(residual)
         before, energy = energy, _dot(residual, fresh)
-        history.append(history[-1].index_put((active,), (energy / first[active]).sqrt()))
+        share = torch.where(energy > 0, smallest / (smallest + energy), 1.0)
+        smallest = (1 - share) * smallest
+        for name in solution:
+            solution[name][active] += _times(iterate[name] - solution[name][active], share)
+        history.append(history[-1].index_put((active,), (smallest / first[active]).sqrt()))
         progress(step, float(history[-1].max()))
         direction = {name: fresh[name] + _times(direction[name], energy / before) for name in fresh}
         unfinished = torch.arange(len(active), device=active.device)[history[-1][active] > tolerance]
-        active, energy = active[unfinished], energy[unfinished]
-        residual, direction = _some(residual, unfinished), _some(direction, unfinished)
+        active, energy, smallest = active[unfinished], energy[unfinished], smallest[unfinished]
+        residual, direction, iterate = _some(residual, unfinished), _some(direction, unfinished), _some(iterate, unfinished)
     return Solution(vectors=solution, residuals=torch.stack(history))
 
 

@@ -118,6 +118,33 @@ def test_a_query_that_is_done_takes_no_further_part_and_stays_as_it_was() -> Non
     assert asked[: len(both.residuals) - 1] == [2] * 3 + [1] * (len(both.residuals) - 4)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5, 9])
+def test_the_answer_has_the_smallest_residual_that_so_many_products_allow(steps: int) -> None:
+    """Against least squares over the Krylov space, in the norm of the preconditioner; the residual that is told is the answer's own."""
+    generator = torch.Generator().manual_seed(1)
+    root, right = (
+        torch.randn(40, 30, dtype=torch.float64, generator=generator),
+        torch.randn(3, 30, dtype=torch.float64, generator=generator),
+    )
+    matrix = root.T @ root / 40 + 0.01 * torch.eye(30, dtype=torch.float64)
+    diagonal = torch.rand(30, dtype=torch.float64, generator=generator) + 0.2  # of the preconditioner
+    solution = conjugate_gradients(
+        {"x": right[:, None]}, lambda v: {"x": v["x"] @ matrix}, lambda v: {"x": v["x"] * diagonal}, tolerance=0, max_steps=steps
+    )
+    for n, b in enumerate(right):
+        basis = [diagonal * b]
+        for _ in range(steps - 1):
+            basis.append(diagonal * (matrix @ basis[-1]))
+        space = torch.linalg.qr(torch.stack(basis, 1))[0]
+        weighted, target = diagonal.sqrt()[:, None] * (matrix @ space), diagonal.sqrt() * b
+        expected = space @ torch.linalg.lstsq(weighted, target[:, None]).solution[:, 0]
+        found = solution.vectors["x"][n, 0]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        residual = (diagonal.sqrt() * (b - matrix @ found)).norm() / target.norm()
+        torch.testing.assert_close(solution.residuals[-1, n], residual, rtol=1e-6, atol=0)
+    assert (solution.residuals.diff(dim=0) < 0).all()
+
+
 def test_a_query_without_a_gradient_has_the_answer_zero() -> None:
     matrix, right = quadratic((5,))
     both = torch.cat([right, torch.zeros_like(right)])[:, None]
