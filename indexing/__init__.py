@@ -5,7 +5,7 @@ Knows factors and rows; knows nothing of texts, tokenizers, run directories or R
 
 from indexing.duplicates import ALIKE, all_duplicates, group_duplicates
 from indexing.features import FeatureSpec, LayerBuckets, Spreader, feature_rows, feature_spec, query_rows, spreaders
-from indexing.rows import Encoding, RowFormat, RowShards, open_rows, row_length_within
+from indexing.rows import Encoding, RowFormat, RowShards, is_mixed, open_rows, row_length_within
 from indexing.search import Candidates, RowIndex, best, exact_search, held_bytes, recall, row_scores
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "feature_spec",
     "group_duplicates",
     "held_bytes",
+    "is_mixed",
     "open_rows",
     "query_rows",
     "recall",

@@ -133,6 +133,11 @@ class RowFormat:
         return np.ascontiguousarray(padded[:, (8 * groups[:, None] + np.arange(8)).ravel()])
 
 
+def is_mixed(encoding: Encoding) -> bool:
+    """Whether the numbers of rows are mixed until they are even: sparse ones are to be as uneven as they are."""
+    return encoding != "sparse"
+
+
 def row_length_within(encoding: Encoding, bytes_per_row: int) -> int:
     """How many numbers a row of at most so many bytes has; a sparse one keeps few of them."""
     if encoding == "float16":

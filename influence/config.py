@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from ekfac import Damping, Split
-from indexing import Encoding, row_length_within
+from indexing import Encoding, is_mixed, row_length_within
 from influence.errors import RequestError
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -246,7 +246,7 @@ class IndexConfig(Section):
     @property
     def mixed(self) -> bool:
         """Whether the numbers of a row are made even, as whoever stores all of them wants."""
-        return self.encoding != "sparse"
+        return is_mixed(self.encoding)
 
 
 class RunConfig(Section):

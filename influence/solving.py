@@ -155,6 +155,6 @@ def check_movable(run: "Run") -> None:
 def in_groups(measurements: Sequence[T], run: "Run", refine: RefineOptions | None) -> list[Sequence[T]]:
     """The measurements, or what else has one vector each, as many at a time as have vectors that fit into memory beside the model, the factors and
     a batch."""
-    copies = 10 if refine else 1  # of a solver: iterate, residual, direction, and products as parameters and as vectors
+    copies = 11 if refine else 1  # of a solver: solution, iterate, residual, direction, and products as parameters and as vectors
     at_once = min(queries_at_once(run.attributed.budget, group, copies) for group in run.layer_groups)
     return [measurements[first : first + at_once] for first in range(0, len(measurements), at_once)]

@@ -19,6 +19,7 @@ from indexing import (
     RowFormat,
     RowShards,
     feature_spec,
+    is_mixed,
     query_rows,
     row_length_within,
     row_scores,
@@ -126,7 +127,7 @@ def _row_scores(
     for place, (encoding, size) in enumerate(wanted):
         progress(place, len(wanted))
         length = row_length_within(encoding, size)
-        spec = feature_spec(run.coverage.layers, weights, length, run.index_config.seed, mixed=encoding != "sparse")
+        spec = feature_spec(run.coverage.layers, weights, length, run.index_config.seed, mixed=is_mixed(encoding))
         row_format = RowFormat(encoding=encoding, length=spec.row_length, most_bytes=size)
         codes, _ = encoded_rows(run, sequences, spec, row_format)
         rows = RowShards(format=row_format, shards=(codes,))
