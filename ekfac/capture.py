@@ -129,7 +129,9 @@ class _Taking:
         waiting.calls.setdefault(name, []).append(call)
         waiting.missing += 1
 
-        def arrived(gradient: Tensor) -> None:
+        def arrived(gradient: Tensor | None) -> None:
+            if gradient is None:
+                raise ValueError(f"no gradient reaches layer {name!r}: what follows it in the model is an operation without a derivative")
             call.inputs, call.gradient = call.inputs.to(gradient.device), gradient  # which may come from another device than the layer's
             waiting.missing -= 1
             if waiting.missing == 0 and set(waiting.calls) == set(layer.modules):

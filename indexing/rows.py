@@ -115,7 +115,15 @@ class RowFormat:
 
     def decode_sparse(self, codes: NDArray[np.uint8]) -> csr_array:
         """What sparse rows keep, [N, D]."""
-        return self.sparse.decode(codes[:, self.sign_bytes : -SCALE_BYTES])
+        from indexing.sparse_reading import decode  # numba takes a third of a second to import
+
+        return decode(self.sparse, codes[:, self.sign_bytes : -SCALE_BYTES])
+
+    def sparse_scores(self, codes: NDArray[np.uint8], queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The inner product of every query [Q, D] with what sparse rows keep, [Q, N]."""
+        from indexing.sparse_reading import scores
+
+        return scores(self.sparse, codes[:, self.sign_bytes : -SCALE_BYTES], queries)
 
     def sketch(self, codes: NDArray[np.uint8], most_bytes: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """The signs of `sketched` rows, packed [N, ≤ most_bytes], and a scale [N] for them."""
@@ -198,9 +206,9 @@ class RowShards:
         return taken
 
     @cached_property
-    def held_sparse(self) -> csr_array:
-        """All rows, which are sparse and few, in memory: eight bytes a kept number."""
-        return self.format.decode_sparse(np.concatenate(self.shards))
+    def held_sparse(self) -> tuple[csr_array, ...]:
+        """All rows, which are sparse and few, in memory, shard by shard: eight bytes a kept number."""
+        return tuple(self.format.decode_sparse(shard) for shard in self.shards)
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:

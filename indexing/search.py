@@ -4,7 +4,7 @@ FAISS compares the query with a sketch of every row in memory: the signs of at m
 has one). Then the whole rows of the best are read from disk. Knows nothing of what rows and queries mean.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ FEW_ROWS = 4000
 
 
 def held_bytes(row_format: RowFormat, num_rows: int) -> int:
-    """Of each row that is held decoded in memory: few sparse ones; zero where none is."""
+    """Of each row that is held decoded in memory: few sparse ones, which are compared in half the time that way; zero where none is."""
     return 8 * row_format.num_kept if row_format.encoding == "sparse" and num_rows <= FEW_ROWS else 0
 
 
@@ -56,19 +56,21 @@ class RowIndex:
         _check(queries, self.rows.format.length)
         numbers = np.full((len(queries), min(k, self.rows.num_rows)), -1, dtype=np.int64)
         scores = np.full(numbers.shape, -np.inf, dtype=np.float32)
-        for place, near in enumerate(self._shortlists(queries, max(self.shortlist, k), allowed)):
-            found = best(self._exact(queries[place : place + 1], near), k)
+        for asked, near in self._shortlists(queries, max(self.shortlist, k), allowed):
+            found = best(self._exact(queries[asked], near), k)
             count = found.numbers.shape[1]
-            numbers[place, :count], scores[place, :count] = near[found.numbers[0]], found.scores[0]
+            numbers[asked, :count], scores[asked, :count] = near[found.numbers], found.scores
         return Candidates(numbers=numbers, scores=scores)
 
-    def _shortlists(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None) -> Iterable[NDArray[np.int64]]:
-        """Numbers of rows, ascending, for each query."""
+    def _shortlists(
+        self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None
+    ) -> Iterable[tuple[slice, NDArray[np.int64]]]:
+        """(which queries, numbers of the rows to compare with them, ascending)."""
         num_allowed = self.rows.num_rows if allowed is None else int(allowed.sum())
         if self._sketch is None or num_allowed <= count or (allowed is not None and not self._sketch.selects):
-            everything = np.arange(self.rows.num_rows) if allowed is None else np.flatnonzero(allowed)
-            return [everything] * len(queries)
-        return [np.sort(row) for row in self._sketch.search(queries, count, allowed)]  # read from disk in order
+            return [(slice(None), np.arange(self.rows.num_rows) if allowed is None else np.flatnonzero(allowed))]
+        found = self._sketch.search(queries, count, allowed)
+        return [(slice(place, place + 1), np.sort(row)) for place, row in enumerate(found)]  # read from disk in order
 
     def _exact(self, queries: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.float32]:
         scores = row_scores(queries, self.rows, numbers)
@@ -163,18 +165,26 @@ def _rabitq_codes(signs: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDAr
 def row_scores(queries: NDArray[np.float32], rows: RowShards, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
     """The inner product of every query with the rows of these numbers, [Q, len(numbers)]; with bit rows, the query is rounded to eight bits."""
     _check(queries, rows.format.length)
+    sparse, size = rows.format.encoding == "sparse", rows.format.bytes_per_row
+    threads = _faiss().omp_get_max_threads() if sparse else 1  # FAISS and BLAS have their own
     if held_bytes(rows.format, rows.num_rows):
-        scores: NDArray[np.float32] = np.asarray((rows.held_sparse @ queries.T).T)[:, numbers]
-        return scores
-    at_once = {"bit": rows.format.bytes_per_row, "sparse": 32 * rows.format.bytes_per_row}.get(rows.format.encoding, 4 * rows.format.length)
-    step = max(1, 64 * 2**20 // max(1, at_once))
-    parts = [_scores(queries, rows.take(numbers[first : first + step]), rows.format) for first in range(0, len(numbers), step)]
-    return np.concatenate(parts, axis=1) if parts else np.zeros((len(queries), 0), dtype=np.float32)
+        return _side_by_side(lambda shard: np.asarray((shard @ queries.T).T), rows.held_sparse, threads)[:, numbers]
+    if not len(numbers):
+        return np.zeros((len(queries), 0), dtype=np.float32)
+    bytes_each = {"bit": size, "sparse": 128 * size}.get(rows.format.encoding, 4 * rows.format.length)
+    step = max(1, 64 * 2**20 // max(1, bytes_each))
+    pieces = [numbers[first : first + step] for first in range(0, len(numbers), step)]
+    return _side_by_side(lambda piece: _scores(queries, rows.take(piece), rows.format), pieces, threads)
+
+
+def _side_by_side(scores: Callable[[Any], NDArray[np.float32]], parts: Sequence[Any], num_threads: int) -> NDArray[np.float32]:
+    with ThreadPoolExecutor(num_threads) as threads:
+        return np.concatenate(list(threads.map(scores, parts)), axis=1)
 
 
 def _scores(queries: NDArray[np.float32], codes: NDArray[np.uint8], row_format: RowFormat) -> NDArray[np.float32]:
     if row_format.encoding == "sparse":
-        return np.ascontiguousarray((row_format.decode_sparse(codes) @ queries.T).T)
+        return row_format.sparse_scores(codes, queries)
     if row_format.encoding != "bit":
         return queries @ row_format.decode(codes).T
     signs = codes[:, :-4]

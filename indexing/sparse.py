@@ -17,7 +17,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dct
-from scipy.sparse import csr_array
 
 from ekfac import key_of, keyed_bits
 
@@ -27,12 +26,11 @@ CROWD = 5
 LARGER = 8
 """One in so many of the kept numbers is larger, one in so many of these larger still, and so on."""
 NUM_SIZES = 4
-ROWS_AT_ONCE = 32
-"""So many are decoded at once."""
+NUM_COUNTS = 3
+DAMAGED = "a sparse row is damaged: `influence status RUN --verify` names the file"
 MOST_PER_BYTE = 3
 """A kept number takes at least 2.7 bits: one in a block, its sign, and .7 for its size."""
-POWERS = np.exp2(np.arange(24, dtype=np.float32))
-"""Whole numbers of so many bits are exact in float32."""
+MOST_LOW_BITS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +61,11 @@ class SparseFormat:
     @property
     def num_bits(self) -> int:
         """What is left for places, signs and sizes."""
-        return 8 * (self.num_bytes - 4 * NUM_SIZES - 2 * self._counts.itemsize)
+        return 8 * (self.num_bytes - self._head_bytes)
+
+    @property
+    def _head_bytes(self) -> int:
+        return NUM_COUNTS * self._counts.itemsize + 4 * NUM_SIZES
 
     @property
     def _counts(self) -> np.dtype[np.unsignedinteger]:
@@ -75,7 +77,7 @@ class SparseFormat:
         crowds = held[held >= CROWD]
         alone, blocks = len(places) - int(crowds.sum()), len(crowds)
         where = _bits_of_places(alone, self.length) + _bits_of_places(blocks, self._num_blocks) + BLOCK * blocks
-        count, *larger = _levels(len(places))
+        count, *larger = level_counts(len(places))
         return where + count + _bits_of_places(larger[0], count) + sum(larger[:-1])
 
     @property
@@ -100,16 +102,16 @@ class SparseFormat:
         within = np.zeros(BLOCK * len(blocks), dtype=np.bool_)
         within[BLOCK * np.searchsorted(blocks, among // BLOCK) + among % BLOCK] = True
         numbers = row[np.concatenate([alone, among])].astype(np.float64)
-        bits = [*_places_as_bits(alone, self.length), *_places_as_bits(blocks, self._num_blocks), within, numbers >= 0]
+        bits = [*places_as_bits(alone, self.length), *places_as_bits(blocks, self._num_blocks), within, numbers >= 0]
         level, descending = np.zeros(len(numbers), dtype=np.int64), np.argsort(-np.abs(numbers), kind="stable")
-        for number, few in enumerate(_levels(len(numbers))[1:], start=1):
+        for number, few in enumerate(level_counts(len(numbers))[1:], start=1):
             level[descending[:few]] = number
             own = level[level >= number - 1] == number
-            bits += _places_as_bits(np.flatnonzero(own), len(own)) if number == 1 else [own]
+            bits += places_as_bits(np.flatnonzero(own), len(own)) if number == 1 else [own]
         means = np.bincount(level, np.sqrt(np.abs(numbers)), NUM_SIZES) / np.maximum(np.bincount(level, minlength=NUM_SIZES), 1)
         product = means[level] @ np.abs(numbers)
         sizes = (means * (row @ row / (product if product > 0 else 1))).astype(np.float32)
-        return np.array([len(alone), len(blocks)], dtype=self._counts).tobytes() + sizes.tobytes(), bits
+        return np.array([len(alone), len(blocks), len(numbers)], dtype=self._counts).tobytes() + sizes.tobytes(), bits
 
     def _chosen(self, sizes: NDArray[np.float32]) -> NDArray[np.int64]:
         """Places, ascending, of the largest numbers, as many as there is room for; none of zeros."""
@@ -123,39 +125,24 @@ class SparseFormat:
             low, high = (middle, high) if self.bits_for(places[:middle]) <= self.num_bits else (low, middle)
         return np.sort(places[:low])
 
-    def decode(self, codes: NDArray[np.uint8]) -> csr_array:
-        """The rows of these bytes, [N, L] in float32."""
-        index = np.int32 if max(len(codes) * self._most_kept, self.length) < 2**31 else np.int64  # SciPy would take 64 bits for both
-        parts = [self._decoded(codes[first : first + ROWS_AT_ONCE]) for first in range(0, len(codes), ROWS_AT_ONCE)]
-        starts = np.cumsum(np.concatenate([[0], *(kept for kept, _, _ in parts)])).astype(index)
-        places = np.concatenate([np.zeros(0, dtype=index), *(own for _, own, _ in parts)], dtype=index)
-        numbers = np.concatenate([np.zeros(0, dtype=np.float32), *(own for _, _, own in parts)])
-        return csr_array((numbers, places, starts), shape=(len(codes), self.length))
+    def counts(self, codes: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """[N, 3]: how many places each row tells one by one, how many blocks, and how many numbers it keeps.
 
-    def _decoded(self, codes: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """How many numbers each row keeps; places and numbers of one row after the other, a row's in no order."""
-        start, rows = 2 * self._counts.itemsize, np.arange(len(codes))
-        head = start + 4 * NUM_SIZES
-        alone, num_blocks = np.ascontiguousarray(codes[:, :start]).view(self._counts).astype(np.int64).T
-        sizes, bits = np.ascontiguousarray(codes[:, start:head]).view(np.float32), _Bits(codes[:, head:])
-        own = bits.places(alone, np.full_like(alone, self.length))
-        blocks = bits.places(num_blocks, np.full_like(alone, self._num_blocks))
-        within = np.flatnonzero(bits.take(BLOCK * num_blocks))  # a row's blocks follow those of the row before, and so do their places
-        ends = np.searchsorted(within, BLOCK * np.concatenate([[0], np.cumsum(num_blocks)]))
-        crowded, among = np.diff(ends), within + (BLOCK * (blocks - np.arange(len(blocks))))[within // BLOCK]
-        pieces = zip(np.split(own, np.cumsum(alone)[:-1]), np.split(among, ends[1:-1]), strict=True)
-        places = np.concatenate([piece for pair in pieces for piece in pair])
-        kept = alone + crowded
-        signs = 2 * bits.take(kept).astype(np.float32) - 1
-        few = np.array([_levels(count)[1] for count in kept.tolist()])
-        owner, larger = np.repeat(rows, few), bits.places(few, kept) + np.repeat(np.cumsum(kept) - kept, few)
-        numbers = np.repeat(sizes[:, 0], kept)
-        numbers[larger] = sizes[owner, 1]
-        for level in range(2, NUM_SIZES):
-            still = bits.take(np.bincount(owner, minlength=len(codes)))
-            owner, larger = owner[still], larger[still]
-            numbers[larger] = sizes[owner, level]
-        return kept, places, numbers * signs
+        Raises ValueError for a row that cannot be.
+        """
+        counts = np.ascontiguousarray(codes[:, : self._head_bytes - 4 * NUM_SIZES]).view(self._counts).astype(np.int64)
+        alone, blocks, kept = counts.T
+        if (alone + CROWD * blocks > kept).any() or kept.max(initial=0) > self._most_kept:
+            raise ValueError(DAMAGED)
+        return counts
+
+    def sizes(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[N, NUM_SIZES] in float32, the smallest first."""
+        return np.ascontiguousarray(codes[:, self._head_bytes - 4 * NUM_SIZES : self._head_bytes]).view(np.float32)
+
+    def bits(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Of each row the bytes with its places, signs and which of its numbers are larger: `indexing.sparse_reading` reads them."""
+        return codes[:, self._head_bytes :]
 
     def folded(self, rows: NDArray[np.float32], width: int) -> NDArray[np.float32]:
         """Rows [N, L] as [N, width], width even: cut into stretches that are summed with random signs, and mixed by a cosine transform.
@@ -176,55 +163,30 @@ class SparseFormat:
         return np.where(bits & np.uint64(1), np.float32(1), np.float32(-1))
 
 
-class _Bits:
-    """The bits of several rows, which are read one after another; of every row as many as it has of what is read."""
-
-    def __init__(self, codes: NDArray[np.uint8]) -> None:
-        self._rows = list(np.unpackbits(codes, axis=1, bitorder="little").view(np.bool_))
-        self._next = [0] * len(codes)
-
-    def _pieces(self, counts: list[int]) -> list[NDArray[np.bool_]]:
-        pieces = [row[first : first + count] for row, first, count in zip(self._rows, self._next, counts, strict=True)]
-        self._next = [first + count for first, count in zip(self._next, counts, strict=True)]
-        return pieces
-
-    def take(self, counts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """So many bits of each row, those of one row after those of another."""
-        return np.concatenate(self._pieces(counts.tolist()))
-
-    def places(self, counts: NDArray[np.int64], universes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What `_places_as_bits` wrote of so many places in each row."""
-        shapes = np.array([_elias_fano(count, universe) for count, universe in zip(counts.tolist(), universes.tolist(), strict=True)])
-        low_bits, num_rests = shapes.T
-        planes = self._pieces((low_bits * counts).tolist())
-        by_row = zip(low_bits.tolist(), counts.tolist(), planes, strict=True)
-        last = [POWERS[:low] @ plane.reshape(low, count).astype(np.float32) for low, count, plane in by_row]
-        ends = np.flatnonzero(self.take(num_rests)) - np.arange(counts.sum())
-        starts = (np.cumsum(num_rests) - num_rests) - (np.cumsum(counts) - counts)
-        places: NDArray[np.int64] = ends - np.repeat(starts, counts) << np.repeat(low_bits, counts)
-        return places + np.concatenate(last).astype(np.int64)
-
-
-def _places_as_bits(places: NDArray[np.int64], universe: int) -> list[NDArray[np.bool_]]:
-    """Ascending places below `universe`: their last bits, the lowest first, and their rests."""
-    low_bits, num_rests = _elias_fano(len(places), universe)
-    rests = np.zeros(num_rests, dtype=np.bool_)
+def places_as_bits(places: NDArray[np.int64], universe: int) -> list[NDArray[np.bool_]]:
+    """Ascending places below `universe`: the last bits of each, the lowest first, and the rests of all."""
+    if not len(places):
+        return []
+    low_bits = num_low_bits(len(places), universe)
+    rests = np.zeros(_bits_of_places(len(places), universe) - low_bits * len(places), dtype=np.bool_)
     rests[(places >> low_bits) + np.arange(len(places))] = True
-    return [*((places >> bit & 1).astype(np.bool_) for bit in range(low_bits)), rests]
+    return [(places[:, None] >> np.arange(low_bits) & 1).astype(np.bool_).ravel(), rests]
 
 
 def _bits_of_places(count: int, universe: int) -> int:
-    low_bits, num_rests = _elias_fano(count, universe)
-    return low_bits * count + num_rests
+    low_bits = num_low_bits(count, universe)
+    return low_bits * count + count + (universe - 1 >> low_bits) if count else 0
 
 
-def _elias_fano(count: int, universe: int) -> tuple[int, int]:
-    """How many last bits each of so many places below `universe` has, and how many bits the rests take."""
-    low_bits = min(len(POWERS), max(0, (universe // max(1, count)).bit_length() - 1))
-    return low_bits, count + (max(0, universe - 1) >> low_bits) if count else 0
+def num_low_bits(count: int, universe: int) -> int:
+    """How many last bits of each of so many places below `universe` are told as they are."""
+    low_bits = 0
+    while low_bits < MOST_LOW_BITS and count << low_bits + 1 <= universe:
+        low_bits += 1
+    return low_bits
 
 
-def _levels(count: int) -> list[int]:
+def level_counts(count: int) -> list[int]:
     """Of so many numbers how many have each size or a larger one, from the smallest size on."""
     return [-(-count // LARGER**level) for level in range(NUM_SIZES)]
 

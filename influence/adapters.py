@@ -92,6 +92,14 @@ def quantized(bits: str | None, dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": settings, "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}}
 
 
+def stay_differentiable(model: nn.Module) -> None:
+    """Keeps weights in 4 bits as they were loaded: on some CPUs bitsandbytes packs them at the first pass without gradients, for kernels that have
+    no derivative."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def adapter_settings(model: nn.Module) -> str | None:
     """What a model's adapters compute besides their weights, as text; None for a model without adapters."""
     found = getattr(model, "peft_config", None)

@@ -19,6 +19,7 @@ from influence.adapters import (
     check_no_adapter,
     quantization_state,
     quantized,
+    stay_differentiable,
     with_adapter,
     with_described_adapter,
 )
@@ -84,6 +85,7 @@ def load_model(config: ModelConfig, memory_budget: int = 0) -> LanguageModel:
     if config.dtype == "float64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped products know no float64
     model.eval()
+    stay_differentiable(model)
     if not (divided or config.quantize):  # which are put there when they are loaded
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     return LanguageModel(model=model, tokenizer=load_tokenizer(config))

@@ -36,7 +36,7 @@ from typing import Any
 from influence.errors import RequestError
 from influence.living import Living
 
-FORMAT = 7
+FORMAT = 8
 """Version of the layout and of every file format in a run directory. Other versions are refused."""
 
 STAGES = ("sequences", "lexical", "layers", "covariances", "eigenbases", "eigenvalues", "factors", "rows", "scans", "fidelity")

@@ -264,6 +264,25 @@ def test_reentrant_checkpoints_are_refused() -> None:
         capture(model, layers, lambda: model(x).sum(), torch.ones((1, 2), dtype=torch.bool), lambda *_: None)
 
 
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+def test_a_layer_before_an_operation_without_a_derivative_is_refused_by_name() -> None:
+    library = torch.library.Library("without_derivative", "DEF")  # as kernels of quantized weights are
+    library.define("halved(Tensor x) -> Tensor")
+    library.impl("halved", lambda x: x.detach() / 2, "CPU")
+
+    class Halved(nn.Module):
+        packed = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.without_derivative.halved(x) if self.packed else x / 2
+
+    model, x = nn.Sequential(nn.Linear(4, 4), Halved(), nn.Linear(4, 4)), torch.ones((1, 2, 4))
+    layers = attributable_layers(model, lambda m: m(x)).layers
+    model[1].packed = True
+    with pytest.raises(ValueError, match=r"no gradient reaches layer '0'"):
+        capture(model, layers, lambda: model(x).sum(), torch.ones((1, 2), dtype=torch.bool), lambda *_: None)
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     batch = padded_batch()
     found: dict[str, Tensor] = {}

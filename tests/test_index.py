@@ -33,6 +33,7 @@ from indexing import (
 )
 from indexing.features import FOLDED_NUMBERS
 from indexing.sparse import SparseFormat
+from indexing.sparse_reading import decode, scores
 
 ENCODINGS: tuple[Encoding, ...] = ("float16", "int8", "bit", "sparse")
 LINEAR = ("*.attn.*", "*.mlp.*")
@@ -132,7 +133,7 @@ def test_rows_fill_the_bytes_they_may_have(encoding: Encoding, size: int, length
 
 
 @pytest.mark.parametrize(
-    ("size", "length"), [(8192, 2**20), (1024, 2**20), (1024, 500_000), (512, 3000), (100, 65), (60, 10**6), (100, 1), (20, 50)]
+    ("size", "length"), [(8192, 2**20), (1024, 2**20), (1024, 500_000), (512, 3000), (100, 65), (60, 10**6), (100, 1), (24, 50)]
 )
 @pytest.mark.parametrize("crowded", [False, True])
 def test_sparse_rows_keep_as_much_as_there_is_room_for(size: int, length: int, crowded: bool) -> None:
@@ -144,37 +145,58 @@ def test_sparse_rows_keep_as_much_as_there_is_room_for(size: int, length: int, c
         row *= np.repeat(np.where(rng.random(length // 128 + 1) < 8 * size / length / 2, 100, 1), 128)[:length]
     codes = found.encode(row[None])
     assert codes.shape == (1, found.num_bytes)
-    decoded = found.decode(codes)
+    decoded = decode(found, codes)
     descending, kept = np.argsort(-np.abs(row), kind="stable"), decoded.nnz
     assert sorted(decoded.indices) == sorted(descending[:kept])
     assert kept == length or found.bits_for(descending[: kept + 1]) > found.num_bits
     # places, signs and sizes of so many numbers anywhere cannot be told by fewer bits than this
     least = (math.lgamma(length + 1) - math.lgamma(kept + 1) - math.lgamma(length - kept + 1)) / math.log(2) + 1.6 * kept
-    assert kept < 100 or crowded or least < 8 * found.num_bytes < 1.4 * least
-    assert size < 1024 or not crowded or kept > 1.3 * found.decode(found.encode(rng.permuted(row)[None])).nnz
+    assert kept < 100 or crowded or least < found.num_bits < 1.4 * least
+    assert size < 1024 or not crowded or kept > 1.3 * decode(found, found.encode(rng.permuted(row)[None])).nnz
 
 
 def test_sparse_rows_stay_what_they_are() -> None:
     # An index is searched by later versions: what its bytes mean must never change.
     row = np.zeros(96, dtype=np.float32)
     row[[3, 32, 34, 36, 38, 40, 95]] = 9, 4, -4, 4, -4, 4, -1
-    row_format = SparseFormat(length=96, num_bytes=30)
+    row_format = SparseFormat(length=96, num_bytes=32)
     (code,) = row_format.encode(row[None])
-    assert code[:4].view(np.uint16).tolist() == [2, 1]  # two places alone, one block
+    assert code[:6].view(np.uint16).tolist() == [2, 1, 7]  # two places alone, one block, seven numbers
     expected = [
-        *[1, 1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 0, 0, 1],  # 3 and 95: the last five bits of both, lowest first, and the rests 0 and 2
+        *[1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 1],  # 3 and 95: the last five bits of each, lowest first, and the rests 0 and 2
         *[1, 1, 0],  # block 1 of 3: its last bit, and the rest 0
         *[1, 0, 1, 0, 1, 0, 1, 0, 1, *[0] * 23],  # its places
         *[1, 0, 1, 0, 1, 0, 1],  # signs of 9, -1, 4, -4, 4, -4, 4
         *[0, 0, 1, 0, 1, 1],  # the first is the larger one of these seven, which is larger still, and again
     ]
-    bits = np.unpackbits(code[20:], bitorder="little").tolist()
+    bits = np.unpackbits(code[22:], bitorder="little").tolist()
     assert bits == expected + [0] * (len(bits) - len(expected))
     means = np.array([(5 * 2 + 1) / 6, 0, 0, 3])
     sizes = means * (81 + 5 * 16 + 1) / (means[3] * 9 + means[0] * 21)
-    np.testing.assert_allclose(code[4:20].view(np.float32), sizes, rtol=1e-6)
-    decoded = row_format.decode(code[None]).toarray()[0]
+    np.testing.assert_allclose(code[6:22].view(np.float32), sizes, rtol=1e-6)
+    decoded = decode(row_format, code[None]).toarray()[0]
     np.testing.assert_allclose(decoded, np.sign(row) * np.where(row == 9, sizes[3], sizes[0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "length"), [(8192, 2**20), (200, 3001)])
+def test_damaged_sparse_rows_are_refused_or_have_numbers_at_places_that_exist(size: int, length: int) -> None:
+    row_format, rng = SparseFormat.within(size, length), np.random.default_rng(0)
+    rows = rng.standard_t(2, size=(2, length)).astype(np.float32)
+    rows[:, : length // 8 : 3] *= 20
+    whole, query, refused = row_format.encode(rows), some_queries(1, length), list[str]()
+    for damage in range(300):
+        codes = whole.copy()
+        first = int(rng.integers(0, (24, 22, size)[damage % 3]))
+        codes[1, first : first + (1, 3, 100)[damage // 3 % 3]] = rng.integers(0, 256)
+        try:
+            places = decode(row_format, codes).indices
+            scores(row_format, codes, query)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            assert ((places >= 0) & (places < length)).all()
+    assert len(refused) > 50
+    assert all("damaged" in message for message in refused)
 
 
 def test_few_numbers_among_zeros_are_all_that_is_kept() -> None:
@@ -191,7 +213,8 @@ def test_few_numbers_among_zeros_are_all_that_is_kept() -> None:
 def test_a_single_number_is_kept_among_very_many() -> None:
     row = np.zeros((1, 2**25 + 1), dtype=np.float32)
     row[0, 2**25 - 7] = -3
-    decoded = SparseFormat.within(200, row.shape[1]).decode(SparseFormat.within(200, row.shape[1]).encode(row))
+    row_format = SparseFormat.within(200, row.shape[1])
+    decoded = decode(row_format, row_format.encode(row))
     assert (decoded.indices.tolist(), decoded.data.tolist()) == ([2**25 - 7], [-3])
 
 

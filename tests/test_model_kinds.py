@@ -157,6 +157,19 @@ def test_adapter(tmp_path: Path, quantize: str | None) -> None:
     assert_answers_are_those_of_dense_inversion(run)
 
 
+def test_weights_in_4_bits_can_be_differentiated_after_a_pass_without_gradients(tmp_path: Path) -> None:
+    base = llama(with_words(tmp_path), 64)
+    base.save_pretrained(tmp_path / "model")
+    save_adapter(base, tmp_path / "adapter")
+    loaded = load_model(ModelConfig(name=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), quantize="4bit"))
+    own, tokens = model_fingerprint(loaded.model), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        loaded.model(tokens)
+    assert model_fingerprint(loaded.model) == own
+    loaded.model(tokens).logits.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in loaded.model.parameters() if p.requires_grad)
+
+
 def test_weights_of_a_base_in_8_bits_are_frozen_and_its_adapter_is_attributed(tmp_path: Path) -> None:
     base = llama(with_words(tmp_path), 64)
     base.save_pretrained(tmp_path / "model")
