@@ -34,7 +34,7 @@ from ekfac import (
     reached_positions,
     true_label_loss,
 )
-from indexing import RowFormat, feature_rows, feature_spec, row_length_within, spreaders
+from indexing import RowFormat, feature_rows, feature_spec, is_mixed, row_length_within, spreaders
 from influence.attribution import AttributedModel, query_gradients, scan, score_sequences, solve
 from influence.batches import batch_budget, in_batches, model_memory
 from influence.measurement import Measurement
@@ -124,7 +124,7 @@ class Passes:
 
     def rows(self) -> None:
         weights = {name: factor.row_weight() for name, factor in self.factors.items()}
-        spec = feature_spec(self.layers, weights, row_length_within("sparse", 8192), seed=0, mixed=False)
+        spec = feature_spec(self.layers, weights, row_length_within("sparse", 8192), seed=0, mixed=is_mixed("sparse"))
         signs, row_format = spreaders(spec, self.factors), RowFormat(encoding="sparse", length=spec.row_length, most_bytes=8192)
         for batch in self.batches:
             rows, _ = feature_rows(self.model, self.layers, self.factors, spec, signs, true_label_loss, batch)

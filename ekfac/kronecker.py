@@ -78,13 +78,13 @@ def input_covariance(record: LayerIO, before: Covariance | None = None, sequence
     xp = array_api_compat.array_namespace(record.activations)
     weights = xp.astype(record.mask, record.activations.dtype)[:, :, None]
     if sequence_weights is not None:
-        weights = weights * xp.astype(xp.sqrt(sequence_weights), weights.dtype)[:, None, None]
-    return _covariance([record.activations * weights], weights if record.bias else None, record.mask, before)
+        weights = weights * xp.astype(sequence_weights, weights.dtype)[:, None, None]
+    return _covariance([(record.activations, weights)], record.bias, record.mask, before)
 
 
 def output_covariance(record: LayerIO, before: Covariance | None = None) -> Covariance:
     """Σ over positions of g gᵀ, g the output gradient (zero where the loss does not reach), [O, O], added to `before`, which may be changed."""
-    return _covariance([record.output_gradients], None, record.mask, before)
+    return _covariance([(record.output_gradients, None)], False, record.mask, before)
 
 
 def feature_covariance(record: EmbeddingIO | GroupedIO, before: Covariance | None = None) -> Covariance:
@@ -96,38 +96,36 @@ def feature_covariance(record: EmbeddingIO | GroupedIO, before: Covariance | Non
     xp = array_api_compat.array_namespace(record.mask)
     if isinstance(record, GroupedIO):
         count, length, groups, inputs = record.activations.shape
-        norms = xp.sqrt(xp.sum(record.output_gradients**2, axis=3)) * xp.astype(record.mask, record.activations.dtype)[:, :, None]
-        norms = xp.reshape(norms, (count, length * groups, 1))
-        weighted = xp.reshape(record.activations, (count, length * groups, inputs)) * norms
-        return _covariance([weighted], norms if record.bias else None, record.mask, before)
-    parts, last = [], None
+        norms = xp.sum(record.output_gradients**2, axis=3) * xp.astype(record.mask, record.activations.dtype)[:, :, None]
+        activations = xp.reshape(record.activations, (count, length * groups, inputs))
+        return _covariance([(activations, xp.reshape(norms, (count, length * groups, 1)))], record.bias, record.mask, before)
+    parts = []
     if record.head is not None:
-        norms = xp.sqrt(xp.sum(record.head.output_gradients**2, axis=2))[:, :, None]
-        norms = norms * xp.astype(record.mask, norms.dtype)[:, :, None]
-        parts.append(record.head.activations * norms)
-        last = norms if record.head.bias else None
+        norms = xp.sum(record.head.output_gradients**2, axis=2)[:, :, None]
+        parts.append((record.head.activations, norms * xp.astype(record.mask, norms.dtype)[:, :, None]))
     if record.lookup is not None:
-        parts.append(record.lookup.row_gradients * xp.astype(lookup_mask(record), record.lookup.row_gradients.dtype)[:, :, None])
-    return _covariance(parts, last, record.mask, before)
+        parts.append((record.lookup.row_gradients, xp.astype(lookup_mask(record), record.lookup.row_gradients.dtype)[:, :, None]))
+    return _covariance(parts, record.head is not None and record.head.bias, record.mask, before)
 
 
 PANEL = 256
 """Columns of a covariance that are computed at once. What lies below the panels' diagonal blocks is not, which halves the work for wide layers."""
 
 
-def _covariance(parts: list[Array], last: Array | None, mask: Array, before: Covariance | None) -> Covariance:
-    """Σ over the parts [N, T, I] and their positions of x xᵀ; `last` [N, T, 1], where there is a bias, is one more coordinate of the first part."""
-    xp, size = array_api_compat.array_namespace(mask), parts[0].shape[2] + (last is not None)
+def _covariance(parts: list[tuple[Array, Array | None]], bias: bool, mask: Array, before: Covariance | None) -> Covariance:
+    """Σ over the parts, values [N, T, I] and weights [N, T, 1] or none, and their positions of w x xᵀ; with a bias, the first part's x has one more
+    coordinate, which is one."""
+    xp, size = array_api_compat.array_namespace(mask), parts[0][0].shape[2] + bias
     total = xp.zeros((size, size), dtype=xp.float64, device=array_api_compat.device(mask)) if before is None else before.total
-    for flat in map(_flat, parts):
-        for first in range(0, flat.shape[1], PANEL):
-            columns = slice(first, min(first + PANEL, flat.shape[1]))
-            products = flat[:, columns].T @ flat[:, first:]
-            total = _added(total, (columns, slice(first, flat.shape[1])), products)
-    if last is not None:
-        column = xp.reshape(last, (-1,))
-        products = xp.concat([column @ _flat(parts[0]), xp.sum(column * column)[None]])
-        total = _added(total, (slice(size), size - 1), products)
+    flats = [(_flat(values), None if weights is None else _flat(weights)) for values, weights in parts]
+    for values, weights in flats:
+        for first in range(0, values.shape[1], PANEL):
+            columns = slice(first, min(first + PANEL, values.shape[1]))
+            panel = values[:, columns] if weights is None else values[:, columns] * weights
+            total = _added(total, (columns, slice(first, values.shape[1])), panel.T @ values[:, first:])
+    values, weights = flats[0]
+    if bias and weights is not None:
+        total = _added(total, (slice(size), size - 1), xp.concat([weights[:, 0] @ values, xp.sum(weights)[None]]))
     return Covariance(total=total, num_positions=xp.count_nonzero(mask) + (before.num_positions if before else 0))
 
 

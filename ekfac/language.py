@@ -4,6 +4,7 @@ A sequence's loss is the cross-entropy summed over its counted tokens. Drawn lab
 gradients (Grosse et al. 2023, section 2.2); the draw for a token depends on (seed, sequence key, position) alone.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -131,10 +132,28 @@ def drawn_label_loss(seed: int) -> Loss:
 
 
 def _draw(log_probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-transform sampling: the first label whose cumulative probability exceeds uniform × total."""
-    cumulative = log_probabilities.exp().cumsum(1)
-    thresholds = uniforms.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_(max=cumulative.shape[1] - 1)
+    """Inverse-transform sampling: the first label whose cumulative probability exceeds uniform × total, [M] of [M, V].
+
+    Cumulative sums of a few labels at a time, and within those that hold the label: of all labels they cost as much as the logits themselves.
+    """
+    probabilities, count = log_probabilities.exp(), log_probabilities.shape[1]
+    stretch = max(1, math.isqrt(count))
+    whole = count // stretch * stretch
+    sums = torch.cat(
+        [probabilities[:, :whole].reshape(-1, whole // stretch, stretch).sum(2), probabilities[:, whole:].sum(1, keepdim=True)], dim=1
+    )
+    before, left = _first_beyond(sums, uniforms.to(sums.dtype) * sums.sum(1))
+    members = before[:, None] * stretch + torch.arange(stretch, device=sums.device)
+    within = probabilities.gather(1, members.clamp(max=count - 1))
+    found, _ = _first_beyond(within, left)
+    return (before * stretch + found).clamp_(max=count - 1)
+
+
+def _first_beyond(values: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """(the first place of each row up to which its values add up to more than the threshold, what the values before it leave of the threshold)."""
+    cumulative = values.cumsum(1)
+    places = torch.searchsorted(cumulative, thresholds[:, None], right=True).clamp_(max=values.shape[1] - 1)
+    return places[:, 0], thresholds - (cumulative - values).gather(1, places)[:, 0]
 
 
 def _counted_log_probabilities(logits: Tensor, batch: SequenceBatch) -> Tensor:

@@ -26,6 +26,7 @@ from ekfac import (
     token_losses,
     true_label_loss,
 )
+from ekfac.language import _draw
 
 
 def every_position(batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -149,6 +150,17 @@ def test_drawn_labels_follow_the_models_distribution() -> None:
     entropy = float(-(probabilities * probabilities.log()).sum())
     spread = float((probabilities * probabilities.log() ** 2).sum() - entropy**2) ** 0.5
     assert abs(mean_loss - entropy) < 4 * spread / copies**0.5  # four standard errors
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 17, 64, 1000])
+def test_a_label_is_the_first_whose_cumulative_probability_exceeds_the_uniform_number(num_labels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn((500, num_labels), dtype=torch.float64, generator=generator)
+    uniforms = torch.rand(500, dtype=torch.float64, generator=generator)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
+    probabilities = scores.softmax(1).numpy()
+    expected = [np.searchsorted(row.cumsum(), u * row.sum(), side="right") for row, u in zip(probabilities, uniforms.numpy(), strict=True)]
+    assert _draw(scores.log_softmax(1), uniforms).tolist() == np.minimum(expected, num_labels - 1).tolist()
 
 
 def test_drawn_labels_depend_on_seed_and_sequence_but_not_on_the_batch() -> None:
