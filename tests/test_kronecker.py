@@ -1,6 +1,7 @@
 """EK-FAC in arrays against dense matrices, in every array library that may call it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,6 @@ Make = Callable[[np.ndarray], Any]
 def jax_arrays(values: np.ndarray) -> Any:
     import jax
 
-    jax.config.update("jax_enable_x64", True)
     return jax.numpy.asarray(values)
 
 
@@ -27,8 +27,15 @@ LIBRARIES: dict[str, Make] = {"numpy": np.asarray, "torch": torch.from_numpy, "j
 
 
 @pytest.fixture(params=list(LIBRARIES))
-def make(request: pytest.FixtureRequest) -> Make:
-    return LIBRARIES[request.param]
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+    with everything_in_float64() if request.param == "jax" else nullcontext():
+        yield LIBRARIES[request.param]
+
+
+def everything_in_float64() -> AbstractContextManager[None]:
+    import jax
+
+    return jax.enable_x64(True)
 
 
 def blocks_of(numbers: int, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
