@@ -49,16 +49,20 @@ def questions(run: Run, count: int) -> list[dict[str, str]]:
 
 
 def differs(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    """What is wrong with an answer, if anything. Two results whose scores are equal within the tolerance may change places."""
+    """What is wrong with an answer, if anything. Two results whose scores are equal within the tolerance may change places, and so may duplicates
+    of each other, of which the first stands for all."""
     scores, others = ([one["score"] for one in answer["results"]] for answer in (found, expected))
-    if len(scores) != len(others) or not np.allclose(scores, others, rtol=0, atol=TOLERANCE * max(map(abs, others))):
+    tolerance = TOLERANCE * max(map(abs, others))
+    if len(scores) != len(others) or not np.allclose(scores, others, rtol=0, atol=tolerance):
         return f"scores {scores} instead of {others}"
-    by_id = {one["id"]: one["score"] for one in expected["results"]}
-    unknown = [one["id"] for one in found["results"] if one["id"] not in by_id]
-    near = [
-        one for one in unknown if abs(next(r["score"] for r in found["results"] if r["id"] == one) - others[-1]) < TOLERANCE * max(others)
-    ]
-    return f"results {unknown} that do not belong" if len(unknown) > len(near) else None
+    known = {
+        one["id"]
+        for result in expected["results"]
+        for one in (result, *result["duplicates"])
+        if abs(one["score"] - result["score"]) < tolerance
+    }
+    unknown = [one["id"] for one in found["results"] if one["id"] not in known and abs(one["score"] - others[-1]) >= tolerance]
+    return f"results {unknown} that do not belong" if unknown else None
 
 
 def load(url: str, run: str, bodies: list[dict[str, Any]], clients: int) -> tuple[list[float], list[dict[str, Any]], float]:
