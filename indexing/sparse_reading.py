@@ -118,10 +118,12 @@ def _read(
         first = np.uint32(BLOCK) * scratch[block]
         while within and count < kept:
             places[count] = first + _lowest(within)
+            if places[count] >= length:
+                raise ValueError(DAMAGED)
             within &= within - np.uint64(1)
             count += 1
         at += BLOCK
-    if count < kept or within or (num_blocks and places[count - 1] >= length):  # those of blocks ascend
+    if count < kept or within:
         raise ValueError(DAMAGED)
     for place in range(kept):
         numbers[place] = sizes[0] if _bit(bits, signs + place) else -sizes[0]
@@ -157,13 +159,13 @@ def _read_places(bits: NDArray[np.uint8], at: int, count: int, universe: int, pl
         rests = _word(bits, first + read) & np.uint64(2**WORD - 1)
         while rests and number < count:
             places[number] |= np.uint32(read + _lowest(rests) - number) << np.uint32(low_bits)
+            if places[number] >= universe:
+                raise ValueError(DAMAGED)
             rests &= rests - np.uint64(1)
             number += 1
         read += WORD
         if number < count and read >= num_rests:
             raise ValueError(DAMAGED)
-    if places[count - 1] >= universe:  # they ascend
-        raise ValueError(DAMAGED)
     return first + num_rests
 
 
