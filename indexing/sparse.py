@@ -27,10 +27,14 @@ LARGER = 8
 """One in so many of the kept numbers is larger, one in so many of these larger still, and so on."""
 NUM_SIZES = 4
 NUM_COUNTS = 3
-DAMAGED = "a sparse row is damaged: `influence status RUN --verify` names the file"
+DAMAGED = "a row of the index is damaged: `influence status RUN --verify` names the file"
 MOST_PER_BYTE = 3
 """A kept number takes at least 2.7 bits: one in a block, its sign, and .7 for its size."""
 MOST_LOW_BITS = 24
+
+
+class DamagedRow(OSError):
+    """The bytes of a row are none that were ever written as one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +132,12 @@ class SparseFormat:
     def counts(self, codes: NDArray[np.uint8]) -> NDArray[np.int64]:
         """[N, 3]: how many places each row tells one by one, how many blocks, and how many numbers it keeps.
 
-        Raises ValueError for a row that cannot be.
+        Raises DamagedRow for a row that cannot be.
         """
         counts = np.ascontiguousarray(codes[:, : self._head_bytes - 4 * NUM_SIZES]).view(self._counts).astype(np.int64)
         alone, blocks, kept = counts.T
         if (alone + CROWD * blocks > kept).any() or kept.max(initial=0) > self._most_kept:
-            raise ValueError(DAMAGED)
+            raise DamagedRow(DAMAGED)
         return counts
 
     def sizes(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:

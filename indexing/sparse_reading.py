@@ -2,7 +2,7 @@
 
 A search reads thousands of rows for each query. With NumPy that takes hundreds of short calls, which threads cannot share; compiled, it takes a
 quarter of the time, and threads do not wait for each other. Compiled code looks at no bounds, so what a row says of itself is checked where it is
-read: damaged bytes are refused with ValueError, or give other numbers at places that exist. Places are unsigned, as all that indexes an array is:
+read: damaged bytes are refused with DamagedRow, or give other numbers at places that exist. Places are unsigned, as all that indexes an array is:
 numba then has no negative index to allow for.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from indexing.sparse import BLOCK, DAMAGED, NUM_SIZES, SparseFormat, level_counts, num_low_bits
+from indexing.sparse import BLOCK, DAMAGED, NUM_SIZES, DamagedRow, SparseFormat, level_counts, num_low_bits
 
 F = TypeVar("F", bound=Callable[..., Any])
 WORD = 56
@@ -112,19 +112,19 @@ def _read(
     at = _read_places(bits, at, num_blocks, -(-length // BLOCK), scratch)
     signs, count, within = at + BLOCK * num_blocks, alone, np.uint64(0)
     if signs + kept > 8 * (len(bits) - PADDING):
-        raise ValueError(DAMAGED)
+        raise DamagedRow(DAMAGED)
     for block in range(num_blocks):
         within = _word(bits, at) & np.uint64(2**BLOCK - 1)
         first = np.uint32(BLOCK) * scratch[block]
         while within and count < kept:
             places[count] = first + _lowest(within)
             if places[count] >= length:
-                raise ValueError(DAMAGED)
+                raise DamagedRow(DAMAGED)
             within &= within - np.uint64(1)
             count += 1
         at += BLOCK
     if count < kept or within:
-        raise ValueError(DAMAGED)
+        raise DamagedRow(DAMAGED)
     for place in range(kept):
         numbers[place] = sizes[0] if _bit(bits, signs + place) else -sizes[0]
     at += kept
@@ -133,7 +133,7 @@ def _read(
     for level in range(1, NUM_SIZES):
         count = 0
         if level + 1 < NUM_SIZES and at + few > 8 * (len(bits) - PADDING):
-            raise ValueError(DAMAGED)
+            raise DamagedRow(DAMAGED)
         for place in range(few):
             number = scratch[place]
             numbers[number] = sizes[level] if _bit(bits, signs + number) else -sizes[level]
@@ -151,7 +151,7 @@ def _read_places(bits: NDArray[np.uint8], at: int, count: int, universe: int, pl
     low_bits = _num_low_bits(count, universe)
     low, num_rests = np.uint64((1 << low_bits) - 1), count + ((universe - 1) >> low_bits)
     if at + low_bits * count + num_rests > 8 * (len(bits) - PADDING):
-        raise ValueError(DAMAGED)
+        raise DamagedRow(DAMAGED)
     for number in range(count):
         places[number] = _word(bits, at + low_bits * number) & low
     first, number, read = at + low_bits * count, 0, 0
@@ -160,12 +160,12 @@ def _read_places(bits: NDArray[np.uint8], at: int, count: int, universe: int, pl
         while rests and number < count:
             places[number] |= np.uint32(read + _lowest(rests) - number) << np.uint32(low_bits)
             if places[number] >= universe:
-                raise ValueError(DAMAGED)
+                raise DamagedRow(DAMAGED)
             rests &= rests - np.uint64(1)
             number += 1
         read += WORD
         if number < count and read >= num_rests:
-            raise ValueError(DAMAGED)
+            raise DamagedRow(DAMAGED)
     return first + num_rests
 
 

@@ -2,31 +2,36 @@
 
 The files are those of bm25s (arrays as .npy, vocabulary and parameters as JSON; nothing is pickled) and `lexical.json`. Equal texts give equal
 bytes under one version of bm25s, which writes that version down, and where orjson is installed alike, which it prefers and which spaces otherwise.
-bm25s is imported where it is used: it imports jax where that is installed, seconds for every worker that searches no text.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
+# bm25s starts jax where that is installed, to choose a top k that is not asked for here. That would take seconds of every process and
+# most of a GPU's memory, and any process started later would be warned of a deadlock. So while it is imported there is no jax.
+if "jax" in sys.modules:
     import bm25s
+else:
+    sys.modules["jax"] = None  # type: ignore[assignment]  # what the import system takes for "not installed"
+    try:
+        import bm25s
+    finally:
+        del sys.modules["jax"]
 
 
 class LexicalSearch:
     """BM25 scores of every training sequence, in their order. The index holds one posting per word and text; None where no text has a word."""
 
-    def __init__(self, index: "bm25s.BM25 | None") -> None:
+    def __init__(self, index: bm25s.BM25 | None) -> None:
         self._index = index
 
     def scores(self, query: str, num_sequences: int) -> NDArray[np.float64]:
         """[N]: zero for a text that shares no word with the query."""
-        import bm25s
-
         words = bm25s.tokenize([query], stopwords=None, show_progress=False, return_ids=False)[0]
         known = [word for word in words if self._index is not None and word in self._index.vocab_dict]
         if self._index is None or not known:
@@ -49,8 +54,6 @@ def write_lexical(directory: Path, texts: Iterable[str]) -> None:
 
 def read_lexical(directory: Path) -> LexicalSearch:
     """The index that `write_lexical` wrote; its postings are mapped into memory, its vocabulary is read."""
-    import bm25s
-
     empty = json.loads((directory / "lexical.json").read_text(encoding="utf-8"))["empty"]
     return LexicalSearch(None if empty else bm25s.BM25.load(directory, mmap=True, allow_pickle=False))
 
@@ -64,9 +67,7 @@ def _rank(scores: NDArray[np.float64], number: int) -> int:
     return 1 + int((scores > scores[number]).sum() + (scores[:number] == scores[number]).sum())
 
 
-def _index(texts: Iterable[str]) -> "bm25s.BM25 | None":
-    import bm25s
-
+def _index(texts: Iterable[str]) -> bm25s.BM25 | None:
     tokens = bm25s.tokenize(texts, stopwords=None, show_progress=False)
     if not tokens.vocab:
         return None

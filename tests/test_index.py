@@ -32,7 +32,7 @@ from indexing import (
     spreaders,
 )
 from indexing.features import FOLDED_NUMBERS
-from indexing.sparse import SparseFormat
+from indexing.sparse import DamagedRow, SparseFormat
 from indexing.sparse_reading import decode, scores
 
 ENCODINGS: tuple[Encoding, ...] = ("float16", "int8", "bit", "sparse")
@@ -191,7 +191,7 @@ def test_damaged_sparse_rows_are_refused_or_have_numbers_at_places_that_exist(si
         try:
             places = decode(row_format, codes).indices
             scores(row_format, codes, query)
-        except ValueError as error:
+        except DamagedRow as error:
             refused.append(str(error))
         else:
             assert ((places >= 0) & (places < length)).all()

@@ -124,3 +124,8 @@ def test_equal_texts_give_equal_bytes_in_any_process(directory: Path, tmp_path: 
 def test_ranks_count_from_one_and_ties_go_to_the_lower_number() -> None:
     assert ranks(np.array([0.5, 2.0, 0.0, 0.5, 3.0]), [0, 1, 2, 3, 4]) == [3, 2, None, 4, 1]
     assert ranks(np.array([0.0]), [0, 0]) == [None, None]
+
+
+def test_the_search_leaves_jax_alone():
+    code = "import sys; from influence.lexical import index_texts; index_texts(['some text']).scores('text', 1); assert 'jax' not in sys.modules; import jax.numpy"
+    subprocess.run([sys.executable, "-c", code], check=True)
