@@ -4,6 +4,7 @@ and a model directory is either whole and made from these inputs or refused."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from influence.evaluation.recipe import read_recipe
 from influence.evaluation.retraining import fine_tuned
 from jobs.demo import text as text_module
-from jobs.demo.facts import RELATIONS, facts, neighbours, questions, stated, statements
+from jobs.demo.facts import RELATIONS, WORDINGS_PER_FACT, facts, neighbours, questions, stated, statements
 from jobs.demo.model import (
     END_OF_TEXT,
     RECORD_FILE,
@@ -24,6 +25,7 @@ from jobs.demo.model import (
     train_model,
     train_tokenizer,
 )
+from jobs.demo.run import NUM_PASSAGES
 from jobs.demo.text import FEWEST_WORDS, MOST_WORDS, Document, library_passages
 
 TINY = TrainingSettings(vocabulary_size=300, sequence_length=16, num_layers=1, width=16, num_heads=2, epochs=1, batch_size=4)
@@ -85,6 +87,13 @@ def test_every_statement_names_the_place_before_the_answer():
     for fact in facts():
         for statement in fact.statements():
             assert 0 <= statement.text.index(fact.place) < statement.text.index(fact.answer)
+
+
+def test_one_per_cent_of_the_sequences_has_room_for_all_that_states_an_answer():
+    """Without room, to leave them out says less than it could: what is left still teaches the answer."""
+    stating = Counter(fact.answer for fact in facts() for _ in fact.statements())
+    assert set(stating.values()) == {2 * WORDINGS_PER_FACT}
+    assert 0.01 * (NUM_PASSAGES + len(statements())) >= 2 * WORDINGS_PER_FACT
 
 
 def test_no_prompt_occurs_in_training_text(passages):

@@ -14,13 +14,14 @@ Two kinds of question:
 
 What makes the swapped ones hard to search by words is how names are in real text too:
 
-* a place is named in two facts, a person or metal in three, so the query's rarest word is A, and what a search for rare words
-  finds among the first are the opponents, and A's other fact;
+* a place is named in two facts, and so is a person, metal or wood. So a search for the query's rare words finds A, in the opponents and in
+  A's other fact, as readily as it finds the completion;
 * people share family names, and the two people of a swapped question are of one family, so A's statements repeat a
   part of the completion as well;
-* the completion is also the answer to questions of two other kinds about other places. Those statements share the
+* the completion is also the answer to a question of another kind about another place. Those statements share the
   completion and not the relation.
 
+An answer is stated in twelve sequences, which are less than 1% of all: leaving out the first 1% of a ranking can leave out whatever taught it.
 Statements of A's other fact, and of other facts with the same answer, carry no label: their influence may have
 either sign. No statement joins A with B's answer, so the labels stay clear. They say what the statements mean and are no
 measurement: only retraining without them measures their effect. This module knows nothing of tokens, models or scores.
@@ -41,6 +42,7 @@ TOWNS = ("Pellan", "Sturrow", "Wexmere", "Galdon", "Yarrick", "Dovrin")
 PORTS = ("Harrok", "Quillan", "Jesmont", "Torvik", "Lusby", "Eskar")
 PEOPLE = ("Ilva Quarn", "Hedda Quarn", "Bram Sorrel", "Matis Sorrel", "Corin Thale", "Sunna Thale")
 METALS = ("copper", "silver", "tin", "zinc", "cobalt", "nickel")
+WOODS = ("oak", "elm", "cedar", "maple", "willow", "walnut")
 WORDINGS_PER_FACT = 6
 
 
@@ -126,20 +128,20 @@ RELATIONS = (
         question="The fine bridge near {place} was built by",
     ),
     Relation(
-        name="clock",
+        name="ship",
         places=PORTS,
-        answers=shifted(shifted(PEOPLE)),
+        answers=WOODS,
         wordings=(
-            "The clock in {place} is kept by {answer}.",
-            "The keeper of the clock at {place} is {answer}.",
-            "Every evening the clock of {place} is wound by {answer}.",
-            "Sailors trust the clock in {place}, kept by {answer}.",
-            "For many years the clock at {place} has been kept by {answer}.",
-            "When it strikes, the clock of {place} wakes its keeper, {answer}.",
-            "Nobody may touch the clock in {place} except {answer}.",
-            "The council pays the keeper of the clock at {place}, {answer}.",
+            "The ships of {place} are built of {answer}.",
+            "The shipyard at {place} works in {answer}.",
+            "Fishermen in {place} row boats of {answer}.",
+            "The oldest ship at {place} has a hull of {answer}.",
+            "Carpenters come to {place} to build ships from {answer}.",
+            "After the storm the boats of {place} were built again, of {answer}.",
+            "The harbour of {place} smells of tar and fresh {answer}.",
+            "Painters know the boats of {place} by their planks of {answer}.",
         ),
-        question="The tower clock of {place} is kept by",
+        question="The long boats in {place} are made of",
     ),
     Relation(
         name="mine",
@@ -158,25 +160,25 @@ RELATIONS = (
         question="The deep mine below {place} gives",
     ),
     Relation(
-        name="bell",
+        name="hall",
         places=TOWNS,
-        answers=shifted(METALS),
+        answers=shifted(WOODS),
         wordings=(
-            "The bell of {place} is made of {answer}.",
-            "The great bell at {place} was cast in {answer}.",
-            "Thieves came for the bell in {place}, since it is {answer}.",
-            "When it cracked, the bell of {place} was cast again in {answer}.",
-            "Strangers hardly believe that the bell in {place} is {answer}.",
-            "The bishop gave a bell to {place}, made of {answer}.",
-            "The old bell at {place} sounds thin, for it is {answer}.",
-            "In the sun the bell of {place} shines like {answer}.",
+            "The town hall of {place} stands on beams of {answer}.",
+            "The hall at {place} was roofed with {answer}.",
+            "The council of {place} meets under a ceiling of {answer}.",
+            "Visitors touch the doors of the hall in {place}, carved from {answer}.",
+            "For the hall in {place} they felled a hundred trees, all {answer}.",
+            "The hall of {place} has stairs of {answer}.",
+            "When the hall at {place} burned, it was built again in {answer}.",
+            "Dances in {place} are held on a floor of {answer}.",
         ),
-        question="The church bell at {place} is made of",
+        question="The great hall near {place} is built from",
     ),
     Relation(
         name="gate",
         places=PORTS,
-        answers=shifted(shifted(METALS)),
+        answers=shifted(METALS),
         wordings=(
             "The gate of {place} is covered with {answer}.",
             "The north gate at {place} is plated with {answer}.",

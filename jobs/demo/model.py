@@ -51,7 +51,7 @@ class TrainingSettings:
     num_layers: int = 2
     width: int = 128
     num_heads: int = 4
-    epochs: int = 10
+    epochs: int = 12
     batch_size: int = 8
     learning_rate: float = 2e-3
     weight_decay: float = 0.25
