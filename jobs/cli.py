@@ -128,13 +128,16 @@ def demo(
         float, typer.Option("--flip", metavar="SHARE", help="make so much of the planted statements wrong, for `evaluate mislabel`")
     ] = 0.0,
     flip_seed: Annotated[int, typer.Option("--flip-seed", min=0, help="which statements --flip makes wrong")] = 0,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="passes over the text that the model is trained for (12)")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """The whole main job on real text, offline: data, model, factors, index, queries with known answers, report."""
+    from jobs.demo.model import TrainingSettings
     from jobs.demo.run import run_demo
 
-    outcome = run_demo(out, workers, flip, flip_seed)
+    training = TrainingSettings() if epochs is None else TrainingSettings(epochs=epochs)
+    outcome = run_demo(out, workers, training, flip, flip_seed)
     if as_json:
         _print_json(outcome.to_json())
     else:

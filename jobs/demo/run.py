@@ -87,7 +87,7 @@ KINDS = {
 }
 
 
-def run_demo(out: Path, workers: int, flip: float = 0.0, flip_seed: int = 0) -> DemoOutcome:
+def run_demo(out: Path, workers: int, training: TrainingSettings, flip: float = 0.0, flip_seed: int = 0) -> DemoOutcome:
     """Brings the demo in the directory `out` to its end. Again after any interruption, it goes on; when finished, it only prints.
 
     A share `flip` of the statements gives a wrong answer, and `demo/labels.jsonl` says which; another `flip_seed` takes others.
@@ -96,8 +96,8 @@ def run_demo(out: Path, workers: int, flip: float = 0.0, flip_seed: int = 0) -> 
     if not 0 <= flip < 1:
         raise RequestError(f"--flip is a share of the statements, from 0 to less than 1, not {flip}")
     statements, labels = stated(flip, flip_seed)
-    prepare(out, library_passages(NUM_PASSAGES) + statements, labels)
-    run = run_all(demo_config(out, workers))
+    prepare(out, library_passages(NUM_PASSAGES) + statements, labels, training)
+    run = run_all(demo_config(out, workers, training.sequence_length))
     recalls, facts = measured(run, labels)
     report = out / "report.html"
     if not report.exists():
@@ -115,7 +115,7 @@ def run_demo(out: Path, workers: int, flip: float = 0.0, flip_seed: int = 0) -> 
     )
 
 
-def demo_config(out: Path, workers: int) -> Config:
+def demo_config(out: Path, workers: int, sequence_length: int) -> Config:
     """The run's configuration, as a person would give it on the command line."""
     return load_config(
         None,
@@ -124,14 +124,14 @@ def demo_config(out: Path, workers: int) -> Config:
             "data.files": str(out / "demo" / "train.jsonl"),
             "data.metadata": ["source"],
             # The facts' sequences are short: their influence is small beside the noise that long ones make in narrow rows.
-            "data.sequence_length": TrainingSettings().sequence_length,
+            "data.sequence_length": sequence_length,
             "run.dir": str(out),
             "resources.workers": workers,
         },
     )
 
 
-def prepare(out: Path, documents: Sequence[Document], labels: Sequence[Label]) -> None:
+def prepare(out: Path, documents: Sequence[Document], labels: Sequence[Label], training: TrainingSettings) -> None:
     """The training data, the questions and the model trained on the data, in `out/demo`. Raises RequestError when `out` holds something else."""
     if out.exists() and any(out.iterdir()) and not (out / "demo").is_dir():
         raise RequestError(f"{out} is not empty and not a demo's directory: choose another one with --out")
@@ -143,11 +143,10 @@ def prepare(out: Path, documents: Sequence[Document], labels: Sequence[Label]) -
         keep_lines(folder / "queries.jsonl", [_line(question, wrong) for question in questions()])
         if wrong:
             keep_lines(folder / "labels.jsonl", [asdict(label) for label in labels])
-        settings = TrainingSettings()
         with bar("training a model from nothing") as progress:
-            tokenizer = train_tokenizer([document.text for document in documents], settings.vocabulary_size)
+            tokenizer = train_tokenizer([document.text for document in documents], training.vocabulary_size)
             try:
-                train_model(tokenizer, documents, settings, folder / "model", progress.advance)
+                train_model(tokenizer, documents, training, folder / "model", progress.advance)
             except ValueError as error:
                 raise RequestError(str(error)) from None
 
