@@ -8,11 +8,13 @@ statements (`--flip-seed`) differ. Intervals of 95%: over queries, and over sets
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from influence.evaluation.intervals import Estimate, mean, ratio
 from influence.run import open_run
@@ -22,12 +24,12 @@ OURS, RIVAL = "ekfac-normalized", "bm25"
 KINDS = ("statements of the fact", "its answer elsewhere", "the fact that is asked for", "its relation", "other facts", "real text")
 
 
-def kind_of(fact: Fact | None, asked: Fact, told: Fact) -> int:
-    """Of `KINDS`, what a sequence is that states this fact, or none, to the question that asks for one and is answered by another."""
-    if fact is None:
-        return 5
-    alike = (fact == told, fact.answer == told.answer, fact == asked, fact.relation == asked.relation, True)
-    return alike.index(True)
+def kind_of(stated: Fact | None, asked: Fact, answering: Fact) -> str:
+    """Of `KINDS`, what a sequence is that states this fact, or none, to a question that asks for one fact and is answered by another."""
+    if stated is None:
+        return "real text"
+    alike = (stated == answering, stated.answer == answering.answer, stated == asked, stated.relation == asked.relation, True)
+    return KINDS[alike.index(True)]
 
 
 def print_held(run_directory: str) -> None:
@@ -39,30 +41,24 @@ def print_held(run_directory: str) -> None:
     with np.load(Path(run_directory) / "demo" / "scores.npz", allow_pickle=False) as scores:
         for method in ("ekfac", "ekfac-normalized", "gradient-cosine", "bm25"):
             orders = np.argsort(-scores[method][swapped], axis=1, kind="stable")[:, :first]
-            found = [kind_of(stated[number], *pair) for pair, order in zip(neighbours(), orders, strict=True) for number in order]
-            counts = np.bincount(found, minlength=len(KINDS)) / len(orders)
-            print(" | ".join([method, *(f"{count:.1f}" for count in counts)]))
+            found = Counter(kind_of(stated[number], *pair) for pair, order in zip(neighbours(), orders, strict=True) for number in order)
+            print(" | ".join([method, *(f"{found[kind] / len(orders):.1f}" for kind in KINDS)]))
 
 
 def print_removal(paths: Sequence[str]) -> None:
     found = [_json(path) for path in paths]
     for k in sorted({change["k"] for one in found for change in one["changes"]}):
-        changes = {
-            method: np.array(
-                [
-                    value
-                    for one in found
-                    for change in one["changes"]
-                    if (change["method"], change["k"]) == (method, k)
-                    for value in change["per_query"]
-                ]
-            )
-            for method in (OURS, RIVAL)
-        }
+        changes = {method: _changes(found, method, k) for method in (OURS, RIVAL)}
         print(f"the first {k} left out, {len(changes[OURS])} questions: ", end="")
         print(", ".join(f"{method} {told(mean(values))} nats" for method, values in changes.items()), end="; ")
         times = ratio(changes[OURS], changes[RIVAL])
         print(f"{told(times) if times else 'undefined'} times as far; farther in {int((changes[OURS] < changes[RIVAL]).sum())}")
+
+
+def _changes(found: Sequence[Any], method: str, k: int) -> NDArray[np.float64]:
+    """Of the questions of all files, in order."""
+    wanted = [change["per_query"] for one in found for change in one["changes"] if (change["method"], change["k"]) == (method, k)]
+    return np.concatenate(wanted)
 
 
 def print_mislabel(paths: Sequence[str]) -> None:

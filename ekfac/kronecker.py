@@ -11,6 +11,7 @@ corrected eigenvalues are then second moments for every token and direction of t
 Knows neither a framework nor a model nor files; see `record` for the normal form and the letters of shapes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -149,15 +150,16 @@ def eigenbasis(covariance: Covariance, dtype: str = "float64") -> Eigenbasis:
     That of no positions, as of an expert that no token reached, is the identity. Raises ValueError if an entry is not finite.
     """
     xp = array_api_compat.array_namespace(covariance.total)
-    mean = covariance.total / max(1, int(covariance.num_positions))
-    if not bool(xp.all(xp.isfinite(mean))):
+    largest = float(xp.max(xp.abs(covariance.total)))
+    if not math.isfinite(largest):
         raise ValueError("the covariance has entries that are not finite: the model gave non-finite activations or gradients")
-    largest = float(xp.max(xp.abs(mean))) or 1.0  # scaled, so that no entry of float32 underflows
-    values, vectors = xp.linalg.eigh(xp.astype((xp.triu(mean) + xp.triu(mean, k=1).T) / largest, getattr(xp, dtype)))
+    largest = largest or 1.0
+    scaled = xp.astype(covariance.total / largest, getattr(xp, dtype))  # scaled, so that no entry of float32 underflows
+    values, vectors = xp.linalg.eigh(xp.triu(scaled) + xp.triu(scaled, k=1).T)
     peaks = xp.argmax(xp.abs(vectors), axis=0)
     # eigh leaves the sign of a column open; fixing it keeps rows made from equal statistics comparable.
     signs = xp.sign(vectors[peaks, xp.arange(vectors.shape[1], device=array_api_compat.device(vectors))])
-    return Eigenbasis(values=values * largest, vectors=vectors * signs)
+    return Eigenbasis(values=values * (largest / max(1, int(covariance.num_positions))), vectors=vectors * signs)
 
 
 def eigenvalue_sum(

@@ -729,7 +729,7 @@ def test_a_file_that_is_damaged_while_it_is_served_is_the_runs_fault(own_run: Pa
 
 
 def test_an_accepted_query_is_not_answered_by_another_index_of_the_same_name(own_run: Path, tmp_path: Path) -> None:
-    settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state", limits=Limits(batch=1))
+    settings = ServiceSettings(runs=named_runs([own_run]), state_dir=tmp_path / "state", limits=Limits(job_batch=1))
     with application(settings) as url, httpx.Client(base_url=url, timeout=60) as http, slow_models(0.2):
         first, second = (ask(http, "own", exact=True, k=k).json()["id"] for k in (1, 2))
         until(lambda: http.get(f"/v1/queries/{first}").json()["state"] == "running")

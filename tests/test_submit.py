@@ -92,7 +92,7 @@ def test_job_stopped_in_the_middle_and_submitted_again_ends_with_the_same_bytes(
     cluster: Influence, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its run directory in an object store, which the job and this machine reach; and a second job on it is refused."""
-    few_each = {"sequences_per_shard": 4}  # so many units that the job can be met in the middle
+    few_each = {"sequences_per_shard": 8}  # so many units that the job can be met in the middle
     undisturbed = run_pipeline(world.settings(tmp_path / "undisturbed", data=few_each)).directory.path
     monkeypatch.setattr(lease, "RENEWED_EVERY", 1000.0)
     with object_server(tmp_path / "log") as server:

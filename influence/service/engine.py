@@ -233,7 +233,7 @@ class Engine:
         """Works on the next accepted queries of one kind; whether there were any."""
         if self._draining:
             return False
-        queries = self._store.claim(self._worker, self._limits.batch, self._catalog.places())
+        queries = self._store.claim(self._worker, self._limits.job_batch, self._catalog.places())
         if not queries:
             return False
         try:

@@ -36,7 +36,8 @@ class Limits:
     queued: int = 200  # accepted queries that are not finished
     queued_per_user: int = 50
     kept: int = 10_000  # finished queries of one user whose results are kept; the oldest are forgotten
-    batch: int = 32  # queries answered together
+    batch: int = 8  # quick queries answered together: more share little, and each waits for all
+    job_batch: int = 32  # accepted queries answered together: one scan is for all of them
     batch_seconds: float = 0.01  # how long a batch waits for one more of those under way before, and 2% of what it took, up to 0.1
 
 
