@@ -194,12 +194,17 @@ def function_values(attributed: AttributedModel, measurement: Measurement) -> li
     return found
 
 
-def solve(rotated: dict[str, Tensor], factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
-    """(G + λI)⁻¹ of each query's gradient, layer by layer, from gradients in the eigenbasis.
+SOLVED_NUMBERS = 2**20
+"""So many numbers of queries' vectors are solved at once, or one query's: what caches hold, and enough to keep a GPU busy."""
 
-    They are taken out of `rotated` one by one, so that no more than one layer is in memory twice.
-    """
-    return {name: factors[name].solve(rotated.pop(name)) for name in list(rotated)}
+
+def solve(rotated: dict[str, Tensor], factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
+    """(G + λI)⁻¹ of each query's gradient, layer by layer, from gradients in the eigenbasis, in whose place they stand afterwards."""
+    for name, gradients in rotated.items():
+        factor, inverse = factors[name], factors[name].inverse()
+        for some in torch.split(gradients, max(1, SOLVED_NUMBERS // inverse.numel())):
+            some.copy_(factor.unrotate(some * inverse))
+    return rotated
 
 
 def precondition(gradients: Mapping[str, Tensor], factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:

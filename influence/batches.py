@@ -176,7 +176,7 @@ def covariance_sizes(layers: Iterable[Layer]) -> dict[str, int]:
 def queries_at_once(budget: BatchBudget, layers: Sequence[Layer], copies: int = 1) -> int:
     """How many queries' vectors over these layers fit beside a full batch; `copies` says how many vectors each of them needs.
 
-    While one layer is solved, three more of its size are in memory.
+    While one layer is preconditioned, three more of its size are in memory; `solve` needs less.
     """
     sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
     batch = min(budget.memory_bytes // 2, budget.bytes_of(budget.max_tokens))
