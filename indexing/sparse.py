@@ -31,6 +31,8 @@ DAMAGED = "a row of the index is damaged: `influence status RUN --verify` names 
 MOST_PER_BYTE = 3
 """A kept number takes at least 2.7 bits: one in a block, its sign, and .7 for its size."""
 MOST_LOW_BITS = 24
+SAMPLED = 61
+"""One number in so many tells about where the largest begin: to find these among few takes a quarter of the time that it takes among all."""
 
 
 class DamagedRow(OSError):
@@ -119,10 +121,14 @@ class SparseFormat:
 
     def _chosen(self, sizes: NDArray[np.float32]) -> NDArray[np.int64]:
         """Places, ascending, of the largest numbers, as many as there is room for; none of zeros."""
-        places = _largest(sizes, min(len(sizes), self._most_kept))
-        places = places[sizes[places] > 0]
-        if self.bits_for(places) <= self.num_bits:
-            return places
+        most = min(len(sizes), self._most_kept)
+        count = min(most, max(1, self.num_kept))
+        places = largest(sizes, count)
+        while self.bits_for(places) <= self.num_bits:
+            if len(places) < count or count == most:  # all that are not zero, or as many as a row can tell of
+                return places
+            count = min(2 * count, most)
+            places = largest(sizes, count)
         places, low, high = places[np.argsort(-sizes[places], kind="stable")], 0, len(places)
         while high - low > 1:  # there is room for `low` of them and not for `high`
             middle = (low + high) // 2
@@ -195,10 +201,18 @@ def level_counts(count: int) -> list[int]:
     return [-(-count // LARGER**level) for level in range(NUM_SIZES)]
 
 
-def _largest(sizes: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Where the largest are, ascending; of equal ones the first."""
+def largest(sizes: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Where the largest are that are not zero, ascending; of equal ones the first."""
     if count == 0:
         return np.zeros(0, dtype=np.int64)
-    least = np.partition(sizes, len(sizes) - count)[len(sizes) - count]
-    above, equal = np.flatnonzero(sizes > least), np.flatnonzero(sizes == least)
-    return np.sort(np.concatenate([above, equal[: count - len(above)]]))
+    sample = np.sort(sizes[::SAMPLED])
+    places = np.flatnonzero(sizes >= sample[-min(len(sample), 2 + 5 * count // (4 * SAMPLED))])  # a few more, as far as a sample can tell
+    if len(places) < count:
+        places = np.arange(len(sizes))
+    sizes = sizes[places]
+    if count < len(sizes):
+        least = np.partition(sizes, len(sizes) - count)[len(sizes) - count]
+        above, equal = np.flatnonzero(sizes > least), np.flatnonzero(sizes == least)
+        chosen = np.sort(np.concatenate([above, equal[: count - len(above)]]))
+        places, sizes = places[chosen], sizes[chosen]
+    return places[sizes > 0]

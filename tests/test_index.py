@@ -32,7 +32,7 @@ from indexing import (
     spreaders,
 )
 from indexing.features import FOLDED_NUMBERS
-from indexing.sparse import DamagedRow, SparseFormat
+from indexing.sparse import SAMPLED, DamagedRow, SparseFormat, largest
 from indexing.sparse_reading import decode, scores
 
 ENCODINGS: tuple[Encoding, ...] = ("float16", "int8", "bit", "sparse")
@@ -176,6 +176,26 @@ def test_sparse_rows_stay_what_they_are() -> None:
     np.testing.assert_allclose(code[6:22].view(np.float32), sizes, rtol=1e-6)
     decoded = decode(row_format, code[None]).toarray()[0]
     np.testing.assert_allclose(decoded, np.sign(row) * np.where(row == 9, sizes[3], sizes[0]), rtol=1e-6)
+
+
+SIZES = {
+    "of any size": np.random.default_rng(0).standard_cauchy(2000),
+    "large where none is sampled": np.where(np.arange(2000) % SAMPLED == 0, 0.5, np.arange(2000) % 7),
+    "large where some are sampled": np.where(np.arange(2000) % SAMPLED == 0, 9.0, np.arange(2000) % 7),
+    "equal": np.ones(2000),
+    "mostly zero": np.where(np.arange(2000) > 1990, 1.0, 0.0),
+    "zero": np.zeros(2000),
+    "one": np.ones(1),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_the_largest_numbers_are_found_and_of_equal_ones_the_first(kind: str):
+    sizes = np.abs(SIZES[kind]).astype(np.float32)
+    order = np.argsort(-sizes, kind="stable")
+    for count in {0, 1, 2, 9, 100, 700, len(sizes) - 1, len(sizes)}:
+        expected = np.sort(order[:count])
+        np.testing.assert_array_equal(largest(sizes, min(count, len(sizes))), expected[sizes[expected] > 0])
 
 
 @pytest.mark.parametrize(("size", "length"), [(8192, 2**20), (200, 3001)])
