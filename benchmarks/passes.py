@@ -38,6 +38,7 @@ from indexing import RowFormat, feature_rows, feature_spec, is_mixed, row_length
 from influence.attribution import AttributedModel, query_gradients, scan, score_sequences, solve
 from influence.batches import batch_budget, in_batches, model_memory
 from influence.measurement import Measurement
+from influence.model import fuse_activations
 from influence.sequences import TrainingSequence
 
 
@@ -84,6 +85,7 @@ class Passes:
     scores: np.ndarray
 
     def __init__(self, model: GPT2LMHeadModel, sequences: list[TrainingSequence], num_queries: int, patterns: list[str]) -> None:
+        fuse_activations(model)  # as when a run loads it; F is of the model as transformers gives it
         self.model, self.sequences = model, sequences
         device = default_device()
         example = torch.zeros((1, 2), dtype=torch.int64, device=device)

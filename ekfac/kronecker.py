@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import array_api_compat
 
-from ekfac.record import Array, EmbeddingIO, GroupedIO, LayerIO, Record, gradient_blocks, lookup_mask
+from ekfac.record import Array, EmbeddingIO, GroupedIO, LayerIO, Record, aligned_product, gradient_blocks, lookup_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def feature_covariance(record: EmbeddingIO | GroupedIO, before: Covariance | Non
     return _covariance(parts, record.head is not None and record.head.bias, record.mask, before)
 
 
-PANEL = 256
+PANEL = 128
 """Columns of a covariance that are computed at once. What lies below the panels' diagonal blocks is not, which halves the work for wide layers."""
 
 
@@ -170,7 +170,8 @@ def eigenvalue_sum(
     xp = array_api_compat.array_namespace(record.mask)
     total = xp.zeros(shape, dtype=xp.float64, device=array_api_compat.device(record.mask)) if before is None else before.total
     for rows, block in gradient_blocks(record, input_vectors, output_vectors):
-        total = _added(total, rows, xp.sum(block**2, axis=0))
+        block *= block
+        total = _added(total, rows, xp.sum(block, axis=0))
     return EigenvalueSum(total=total, num_sequences=record.mask.shape[0] + (before.num_sequences if before else 0))
 
 
@@ -185,15 +186,11 @@ class LayerFactors:
 
     def rotate(self, gradients: Array) -> Array:
         """Q_Gᵀ V Q_A."""
-        if self.output_vectors is not None:
-            gradients = self.output_vectors.T @ gradients
-        return gradients if self.input_vectors is None else gradients @ self.input_vectors
+        return _two_sided(None if self.output_vectors is None else self.output_vectors.T, gradients, self.input_vectors)
 
     def unrotate(self, rotated: Array) -> Array:
         """Q_G V Q_Aᵀ, which undoes `rotate`."""
-        if self.output_vectors is not None:
-            rotated = self.output_vectors @ rotated
-        return rotated if self.input_vectors is None else rotated @ self.input_vectors.T
+        return _two_sided(self.output_vectors, rotated, None if self.input_vectors is None else self.input_vectors.T)
 
     def precondition(self, gradients: Array) -> Array:
         """(G + λI)⁻¹ v = Q_G ((Q_Gᵀ V Q_A) / (Λ + λ)) Q_Aᵀ (Grosse et al. 2023, equation 21).
@@ -240,6 +237,17 @@ class LayerFactors:
         """Σ (Λ / (Λ + λ))²: the mean squared norm of a whitened gradient each of whose coordinates is multiplied by √(Λ / (Λ + λ))."""
         xp = array_api_compat.array_namespace(self.eigenvalues)
         return float(xp.sum(self.retained() ** 2))
+
+
+def _two_sided(left: Array | None, gradients: Array, right: Array | None) -> Array:
+    """left @ gradients @ right, where None stands for the identity."""
+    if right is not None:
+        gradients = aligned_product(gradients, right)
+    if left is not None:
+        gradients = left @ gradients
+    if right is None or gradients.shape[-1] == right.shape[1]:
+        return gradients
+    return array_api_compat.array_namespace(gradients).asarray(gradients[..., : right.shape[1]], copy=True)
 
 
 def corrected_eigenvalues(sums: EigenvalueSum) -> Array:

@@ -95,17 +95,23 @@ def sequence_weights(batch: SequenceBatch) -> Tensor | None:
 
 def token_losses(model: nn.Module, batch: SequenceBatch) -> Tensor:
     """[N, T]: minus each counted token's log-probability in nats, zero at the others; weights make no difference."""
-    return at_counted(counted_losses(model(**batch.inputs).logits, batch), batch)
+    return losses_by(model(**batch.inputs).logits, batch)
 
 
-def counted_losses(logits: Tensor, batch: SequenceBatch) -> Tensor:
-    """[M]: minus the log-probability of each of the M counted tokens, in row-major order, by these logits [N, T, V]."""
-    return -_counted_log_probabilities(logits, batch).gather(1, batch.tokens[batch.counted][:, None])[:, 0]
+def losses_by(logits: Tensor, batch: SequenceBatch) -> Tensor:
+    """`token_losses`, by these logits [N, T, V]."""
+    return _losses_of(batch.tokens.roll(-1, 1), _log_probabilities(logits), batch.counted)
 
 
-def at_counted(values: Tensor, batch: SequenceBatch) -> Tensor:
-    """[N, T]: the values [M] at the counted tokens, zero at the others."""
-    return torch.zeros_like(batch.tokens, dtype=values.dtype).masked_scatter(batch.counted, values)
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """[N, T, V]: at all positions, as to choose those before counted tokens costs more than it saves."""
+    return torch.log_softmax(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, dim=-1)
+
+
+def _losses_of(following: Tensor, log_probabilities: Tensor, counted: Tensor) -> Tensor:
+    """[N, T]: minus each counted token's log-probability, zero at the others, where `following` is the token after each position."""
+    chosen = log_probabilities.gather(2, following[:, :, None])[:, :, 0].roll(1, 1)
+    return torch.where(counted, -chosen, torch.zeros_like(chosen))
 
 
 def at_each_counted(values: Tensor, batch: SequenceBatch) -> Tensor:
@@ -120,13 +126,11 @@ def drawn_label_loss(seed: int) -> Loss:
     """
 
     def loss(model: nn.Module, batch: SequenceBatch) -> Tensor:
-        log_probabilities = _counted_log_probabilities(model(**batch.inputs).logits, batch)
-        uniforms = torch.from_numpy(keyed_uniforms(seed, batch.keys, batch.tokens.shape[1]))
-        labels = _draw(log_probabilities.detach(), uniforms.to(batch.tokens.device)[batch.counted])
-        drawn = log_probabilities.gather(1, labels[:, None])[:, 0]
-        if batch.weights is not None:
-            drawn = drawn * at_each_counted(batch.weights.sqrt(), batch).to(drawn)
-        return -drawn.sum()
+        log_probabilities = _log_probabilities(model(**batch.inputs).logits)
+        uniforms = torch.from_numpy(keyed_uniforms(seed, batch.keys, batch.tokens.shape[1])).to(batch.tokens.device)
+        drawn = _draw(log_probabilities.detach().flatten(0, 1), uniforms.roll(-1, 1).flatten())
+        losses = _losses_of(drawn.view_as(batch.tokens), log_probabilities, batch.counted)
+        return (losses if batch.weights is None else losses * batch.weights.sqrt().to(losses)[:, None]).sum()
 
     return loss
 
@@ -154,11 +158,3 @@ def _first_beyond(values: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     cumulative = values.cumsum(1)
     places = torch.searchsorted(cumulative, thresholds[:, None], right=True).clamp_(max=values.shape[1] - 1)
     return places[:, 0], thresholds - (cumulative - values).gather(1, places)[:, 0]
-
-
-def _counted_log_probabilities(logits: Tensor, batch: SequenceBatch) -> Tensor:
-    """[M, V]: the log-probabilities that logits [N, T, V] give, at the M counted tokens in row-major order, from the positions before them."""
-    logits = logits[:, :-1][batch.counted[:, 1:]]
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return torch.log_softmax(logits, dim=-1)

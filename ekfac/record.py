@@ -13,8 +13,10 @@ Shapes here and in the other modules of this package: N sequences, T positions, 
 I + 1 with a bias, O outputs (rows of a table), Q queries.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeAlias, TypeVar
 
 import array_api_compat
@@ -131,13 +133,36 @@ Linear = TypeVar("Linear", bound=LayerIO | GroupedIO)
 
 
 def apply_to_inputs(record: LayerIO, matrix: Array) -> Array:
-    """(activation, 1) @ matrix for every position: [N, T, K] from a matrix [J, K], or [Q, N, T, K] from [Q, 1, J, K].
+    """(activation, 1) @ matrix for every position: [N, T, K] from a matrix [J, K].
 
     Equals appending a column of ones to the activations when the layer has a bias, without copying them.
     """
     if not record.bias:
         return record.activations @ matrix
-    return record.activations @ matrix[..., :-1, :] + matrix[..., -1:, :]
+    products = aligned_product(record.activations, matrix[:-1, :])[..., : matrix.shape[1]]
+    products += matrix[-1:, :]
+    return products
+
+
+ALIGNED = 16
+"""Numbers that a row of a product is a multiple of, where it can be chosen."""
+
+
+def aligned_product(left: Array, right: Array) -> Array:
+    """left [.., I] @ right [I, K], and then as many columns of zeros as make rows a multiple of ALIGNED numbers long.
+
+    To write rows of another length takes products a third more time, and with a bias J is odd. Only torch can be told where to write, and only what
+    is not differentiated: elsewhere it is left @ right.
+    """
+    size = right.shape[1]
+    if size % ALIGNED == 0 or not array_api_compat.is_torch_array(left) or left.requires_grad:
+        return left @ right
+    import torch
+
+    wide = left.new_empty((*left.shape[:-1], size + -size % ALIGNED))
+    wide[..., size:] = 0
+    torch.mm(left.flatten(0, -2), right, out=wide.flatten(0, -2)[:, :size])
+    return wide
 
 
 def gradient_blocks(
@@ -147,7 +172,7 @@ def gradient_blocks(
 
     With vectors [J, J] and [O, O] it is rotated: output_vectorsᵀ G input_vectors; None stands for the identity. Gradients that are large come
     in several blocks, and of a mere lookup only the rows that occur, so that [N, O, J] is never in memory; the rows of a table cannot be
-    rotated. Scales give one block.
+    rotated. Scales give one block. A block is new: whoever takes it may change it.
     """
     if isinstance(record, LayerIO):
         yield from _linear_blocks(record, input_vectors, output_vectors)
@@ -228,12 +253,13 @@ def _table_blocks(record: EmbeddingIO, vectors: Array | None) -> Iterator[tuple[
         yield part, (block if lookup is None else _with_lookups(block, lookup, mask, some))
 
 
-def _blocks_of(num_rows: int, numbers_per_row: int, alike: Array) -> Iterator[slice]:
-    """The rows of a layer in parts that keep their gradients within BLOCK_NUMBERS, on the device of `alike`."""
+def _blocks_of(num_rows: int, numbers_per_row: int, alike: Array) -> list[slice]:
+    """The rows of a layer in as few and equal parts as keep their gradients within BLOCK_NUMBERS, on the device of `alike`."""
     on_cpu = array_api_compat.is_numpy_array(alike) or (array_api_compat.is_torch_array(alike) and alike.device.type == "cpu")
-    step = max(1, int((1 if on_cpu else 16) * BLOCK_NUMBERS / numbers_per_row))
-    for first in range(0, num_rows, step):
-        yield slice(first, min(first + step, num_rows))
+    most = max(1, int((1 if on_cpu else 16) * BLOCK_NUMBERS / numbers_per_row))
+    num_parts = max(1, math.ceil(num_rows / most))
+    ends = [num_rows * part // num_parts for part in range(num_parts + 1)]
+    return [slice(first, end) for first, end in pairwise(ends) if first < end]
 
 
 def lookup_mask(record: EmbeddingIO) -> Array:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ekfac.backend import Backend
 from ekfac.experts import own_forward
-from ekfac.language import SequenceBatch, at_counted, counted_losses, weighted
+from ekfac.language import SequenceBatch, losses_by, weighted
 from ekfac.layers import Layer, evaluation_mode, expert_modules
 from ekfac.parameters import as_parameters
 
@@ -24,14 +24,14 @@ def token_loss_derivatives(model: nn.Module, layers: Sequence[Layer], batch: Seq
     """
     if isinstance(model, Backend):
         logits, change = model.directional(layers, batch.tokens, vector)
-        return weighted(at_counted(jvp(lambda values: counted_losses(values, batch), (logits,), (change,))[1], batch), batch)
+        return weighted(jvp(lambda values: losses_by(values, batch), (logits,), (change,))[1], batch)
     tangents = as_parameters(model, layers, vector)
     weights = {name: model.get_parameter(name).detach() for name in tangents}
 
     def losses(parameters: dict[str, Tensor]) -> Tensor:
-        return counted_losses(functional_call(model, parameters, kwargs=batch.inputs).logits, batch)
+        return losses_by(functional_call(model, parameters, kwargs=batch.inputs).logits, batch)
 
     # The fused kernels of attention and of experts have no forward-mode derivative.
     with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), own_forward(model, expert_modules(layers)):
         derivatives: Tensor = jvp(losses, (weights,), (tangents,))[1]
-    return weighted(at_counted(derivatives, batch), batch)
+    return weighted(derivatives, batch)

@@ -19,11 +19,10 @@ from ekfac import (
     LayerFactors,
     Record,
     SequenceBatch,
-    at_counted,
     capture,
-    counted_losses,
     gradient_blocks,
     inner_products,
+    losses_by,
     position_inner_products,
     token_loss_derivatives,
     token_losses,
@@ -143,7 +142,7 @@ def _add_gradients(
             losses.append(token_losses(attributed.model, batch))
             return losses[0].sum()
         values, logits = _values(attributed.model, batch, function)
-        losses.append(at_counted(counted_losses(logits.detach(), batch), batch))
+        losses.append(losses_by(logits.detach(), batch))
         return (0 * logits).sum() - values.sum()  # layers that the function does not use have a gradient too, of zero
 
     def consume(layer: Layer, record: Record) -> None:

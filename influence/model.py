@@ -85,10 +85,24 @@ def load_model(config: ModelConfig, memory_budget: int = 0) -> LanguageModel:
     if config.dtype == "float64" and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # torch's grouped products know no float64
     model.eval()
+    fuse_activations(model)
     stay_differentiable(model)
     if not (divided or config.quantize):  # which are put there when they are loaded
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     return LanguageModel(model=model, tokenizer=load_tokenizer(config))
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Puts torch's own GELU in the place of those that transformers writes as eight operations, as in GPT-2: a tenth less of a capture pass.
+
+    It is the same function (the approximation by tanh); values differ in their last digits.
+    """
+    from transformers.activations import FastGELUActivation, NewGELUActivation
+
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation | FastGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _division(memory_budget: int) -> dict[str, Any]:

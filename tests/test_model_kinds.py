@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from small_run import POSITIONS, documents, perturbed, run_pipeline, tokenizer, write_jsonl
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.activations import ACT2FN
 
 from ekfac.parameters import as_parameters, as_vectors
 from influence import QueryOptions, Run
@@ -195,6 +196,25 @@ def test_fingerprint_covers_base_adapter_and_its_settings(tmp_path: Path) -> Non
         described = find_layers(model_without_weights(config), ["*"])
         assert described == find_layers(load_model(config).model, ["*"])  # what `influence plan` counts
     assert len(prints) == 3
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_fast"])
+def test_a_gelu_of_many_operations_is_loaded_as_one_of_the_same_values_and_derivatives(tmp_path: Path, activation: str) -> None:
+    config = GPT2Config(vocab_size=with_words(tmp_path), n_positions=16, n_embd=8, n_layer=2, n_head=2, activation_function=activation)
+    plain = perturbed(lambda: GPT2LMHeadModel(config), 0).double().eval()
+    plain.save_pretrained(tmp_path / "model")
+    loaded = load_model(ModelConfig(name=str(tmp_path / "model"), dtype="float64")).model
+    written_out = type(ACT2FN[activation])
+    assert [sum(isinstance(module, written_out) for module in model.modules()) for model in (plain, loaded)] == [2, 0]
+    tokens = torch.arange(1, 9)[None]
+    losses = [model(input_ids=tokens, labels=tokens).loss for model in (plain, loaded)]
+    found = [
+        torch.autograd.grad(loss, [model.get_parameter(name) for name, _ in plain.named_parameters()])
+        for loss, model in zip(losses, (plain, loaded), strict=True)
+    ]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=0)
+    for own, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-7, atol=1e-9)
 
 
 def test_what_is_no_adapter_of_the_model_is_refused(tmp_path: Path) -> None:
